@@ -1,0 +1,16 @@
+"""Exact test metrics of a run's best checkpoint."""
+
+import sys
+from pathlib import Path
+
+from lrurec_dist.nightly import run_job
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            sys.argv[1:],
+            stages=("evaluate",),
+            description=__doc__,
+            default_config=str(Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"),
+        )
+    )

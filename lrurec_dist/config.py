@@ -1,0 +1,292 @@
+"""Every setting: frozen dataclasses, YAML that states the differences, `key=value` overrides.
+
+Defaults are the paper's where the paper has one (arXiv 2310.02367). A number is stated once; what
+follows from others (DeepSpeed's JSON, directories) is derived where it is used.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lrurec_dist import storage
+from lrurec_dist.errors import ConfigError, DataNotReadyError
+
+
+def _require(holds: bool, setting: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{setting}={value}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where the interaction log is and how to read it."""
+
+    path: str = ""  # file, directory or glob, any fsspec URL; empty: a synthetic log is generated
+    format: Literal["auto", "parquet", "csv"] = "auto"  # auto: by file name
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    timestamp_column: str = "timestamp"
+    timestamp_unit: Literal["s", "ms", "us", "ns", "position"] = "s"  # of integers; Arrow timestamps know theirs
+    max_rejected_share: float = 0.01  # of all rows; above it the job stops
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.max_rejected_share <= 1, "log.max_rejected_share", self.max_rejected_share, "is a share, from 0 to 1")
+        names = [self.user_column, self.item_column, self.timestamp_column]
+        _require(len(set(names)) == 3, "log.*_column", names, "user, item and timestamp are three different columns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """The log that is generated when `log.path` is empty."""
+
+    users: int = 3000
+    items: int = 600
+    mean_length: int = 24  # events per user
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.users >= 1, "synthetic.users", self.users, "needs at least 1")
+        _require(self.items >= 16, "synthetic.items", self.items, "needs at least 16, or there is nothing to learn")
+        _require(self.mean_length >= 4, "synthetic.mean_length", self.mean_length, "needs at least 4, or few users can be evaluated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """The prepared dataset."""
+
+    dir: str = ""  # empty: <run_dir>/dataset; give a place of its own to share it between runs
+    parent: str = ""  # an earlier dataset whose item ids are kept; new items are appended
+    shards: int = 8  # files that users are hashed into; more for more users, at most some 100 MB each
+
+    def __post_init__(self) -> None:
+        _require(self.shards >= 1, "dataset.shards", self.shards, "needs at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How sequences become training batches."""
+
+    global_batch_size: int = 128  # windows per optimizer step, all ranks together
+    max_length: int = 50  # interactions per window
+    first_item_is_target: bool = True  # predict a window's first item from padding, as the paper does
+    shards_mixed: int = 64  # sequence shards shuffled together and held in memory by one Ray Data task
+
+    def __post_init__(self) -> None:
+        _require(self.global_batch_size >= 1, "batch.global_batch_size", self.global_batch_size, "needs at least 1")
+        _require(self.max_length >= 2, "batch.max_length", self.max_length, "next-item targets need at least 2")
+        _require(self.shards_mixed >= 1, "batch.shards_mixed", self.shards_mixed, "needs at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and regularisation of LRURec."""
+
+    dim: int = 64
+    hidden: int = 128  # recurrent state size, complex numbers per block
+    blocks: int = 2
+    dropout: float = 0.2
+    ring_min: float = 0.8  # decay moduli start between these two
+    ring_max: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden", "blocks"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "needs at least 1")
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "is a probability below 1")
+        _require(
+            0 <= self.ring_min < self.ring_max < 1,
+            "model.ring_min, model.ring_max",
+            (self.ring_min, self.ring_max),
+            "decay moduli need 0 <= ring_min < ring_max < 1, or the recurrence grows without bound",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Softmax over the catalogue."""
+
+    include_padding_class: bool = True  # as the original does; False leaves PAD_ID out of the softmax
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation, its budget, and the processes that do it."""
+
+    workers: int = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where this machine has it
+    cpus_per_worker: float = 0.5  # logical CPUs Ray reserves; the rest is left to data tasks
+    threads_per_worker: int = 0  # torch threads on CPU; 0: this machine's cores / workers
+    zero_stage: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    decay_recurrence: bool = False  # True: nu, theta and gamma take weight decay, as in the original
+    epsilon: float = 1e-9
+    clip_norm: float = 5.0
+    max_steps: int = 100_000
+    max_minutes: float = 0.0  # 0: no limit; otherwise training ends at the next report after so long
+    report_every: int = 50  # steps between progress lines
+    validate_every: int = 500  # steps between validations
+    patience: int = 10  # validations without a better recall@10 before training ends
+    resume: Literal["auto", "never"] = "auto"  # auto: from the last checkpoint of an unfinished run
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "max_steps", "report_every", "validate_every", "patience"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "needs at least 1")
+        for name in ("learning_rate", "epsilon", "clip_norm", "cpus_per_worker"):
+            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "has to be positive")
+        for name in ("weight_decay", "max_minutes", "threads_per_worker"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "cannot be negative")
+        _require(self.zero_stage in (0, 1, 2), "train.zero_stage", self.zero_stage, "0, 1 or 2; stage 3 needs a sharded table")
+        _require(
+            self.validate_every <= self.max_steps,
+            "train.validate_every",
+            self.validate_every,
+            f"exceeds train.max_steps={self.max_steps}: no checkpoint would ever be chosen; "
+            f"set train.validate_every={self.max_steps} or lower",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Exact ranking of the full catalogue."""
+
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50])
+    exclude_history: bool = True  # the paper's protocol: items in the history are no candidates
+    batch_size: int = 256  # users ranked together
+
+    def __post_init__(self) -> None:
+        _require(bool(self.ks) and min(self.ks) >= 1, "evaluate.ks", self.ks, "needs at least one k, each at least 1")
+        _require(10 in self.ks, "evaluate.ks", self.ks, "has to contain 10: recall@10 chooses the checkpoint")
+        _require(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "needs at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig:
+    """The artefact that goes to serving."""
+
+    registry: str = ""  # empty: <run_dir>/registry
+    golden_requests: int = 32  # histories whose answers travel with the bundle
+
+    def __post_init__(self) -> None:
+        _require(self.golden_requests >= 1, "bundle.golden_requests", self.golden_requests, "needs at least 1 to check an export")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, from log to bundle."""
+
+    run_dir: str = "runs/quickstart"
+    seed: int = 0
+    log: LogConfig = field(default_factory=LogConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    bundle: BundleConfig = field(default_factory=BundleConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "needs a directory or URL")
+        _require(
+            self.batch.global_batch_size >= self.train.workers,
+            "batch.global_batch_size",
+            self.batch.global_batch_size,
+            f"is below train.workers={self.train.workers}: a rank would never see data; raise the batch or take fewer workers",
+        )
+
+    @property
+    def dataset_url(self) -> str:
+        """Where the prepared dataset lies."""
+        return storage.absolute(self.dataset.dir or storage.join(self.run_dir, "dataset"))
+
+    @property
+    def run_url(self) -> str:
+        """Where this run's own files lie."""
+        return storage.absolute(self.run_dir)
+
+    @property
+    def registry_url(self) -> str:
+        """Where bundles are published."""
+        return storage.absolute(self.bundle.registry or storage.join(self.run_dir, "registry"))
+
+
+def load_config(path: str | None = None, overrides: list[str] | None = None) -> Config:
+    """The configuration in a YAML file with `key=value` overrides on top.
+
+    Args:
+        path: YAML file; None for the defaults alone.
+        overrides: dotted assignments, e.g. `train.max_steps=200`.
+
+    Raises:
+        DataNotReadyError: the file does not exist.
+        ConfigError: an unknown key (the nearest known one is named), a wrong type, a value that
+            breaks a rule, an override that is not an assignment.
+    """
+    layers = [OmegaConf.structured(Config)]
+    if path is not None:
+        try:
+            text = storage.read_bytes(path).decode()
+        except FileNotFoundError:
+            raise DataNotReadyError(f"configuration {path} does not exist") from None
+        try:
+            layers.append(OmegaConf.create(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from None
+    for override in overrides or []:
+        if "=" not in override or override.startswith(("-", "=")):
+            raise ConfigError(f"{override!r} is not an override; write key=value, e.g. train.max_steps=200")
+    layers.append(OmegaConf.from_dotlist(list(overrides or [])))
+    try:
+        merged = OmegaConf.merge(*layers)
+        config = OmegaConf.to_object(merged)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        raise ConfigError(_unknown_key(str(error.full_key))) from None
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise ConfigError(f"{error.full_key}: {reason}; see lrurec_dist/config.py for what it takes") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The effective configuration as plain values."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The effective configuration as YAML, in the order of the dataclasses."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The configuration that `to_dict` gave."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[return-value]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`setting=old -> new` for every dotted setting in which two plain configurations differ."""
+    before, after = _flatten(old), _flatten(new)
+    return [
+        f"{key}={before.get(key, 'unset')} -> {after.get(key, 'unset')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _unknown_key(key: str) -> str:
+    known = sorted(_flatten(to_dict(Config())) | dict.fromkeys(section.name for section in dataclasses.fields(Config)))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    return f"{key}: unknown setting; the nearest known one is {near}"

@@ -1,0 +1,69 @@
+"""Every error this package raises on purpose, and the exit code a job ends with.
+
+    LrurecError                  70  internal: report it
+    ├── ConfigError              30  a setting is wrong; names the setting, the rule, the way out
+    ├── DataNotReadyError        20  an input does not exist (yet)
+    ├── DataQualityError         21  an input exists and cannot be used
+    ├── CatalogueError           21  item ids do not belong together
+    ├── StorageError             75  storage failed; the same command may succeed later
+    ├── IntegrityError           70  committed files are missing or changed
+    │   ├── CheckpointError      70
+    │   └── BundleError          70
+    └── DivergenceError          70  the loss is no longer finite
+
+Messages follow one form: setting=value, the rule it breaks, the numbers, the way out.
+"""
+
+EXIT_DONE = 0
+
+
+class LrurecError(Exception):
+    """Base of every deliberate error; `exit_code` is what the job's process returns."""
+
+    exit_code = 70
+
+
+class ConfigError(LrurecError):
+    """A setting is unknown, of the wrong type, or impossible together with another one."""
+
+    exit_code = 30
+
+
+class DataNotReadyError(LrurecError):
+    """An input path does not exist or holds no files."""
+
+    exit_code = 20
+
+
+class DataQualityError(LrurecError):
+    """An input exists but is empty, lacks a column, or has too many unusable rows."""
+
+    exit_code = 21
+
+
+class CatalogueError(LrurecError):
+    """Item ids of two artefacts come from different catalogues."""
+
+    exit_code = 21
+
+
+class StorageError(LrurecError):
+    """The storage layer failed in a way that may pass."""
+
+    exit_code = 75
+
+
+class IntegrityError(LrurecError):
+    """A committed directory misses a file or holds one that changed after the commit."""
+
+
+class CheckpointError(IntegrityError):
+    """A checkpoint cannot be used."""
+
+
+class BundleError(IntegrityError):
+    """A bundle cannot be used."""
+
+
+class DivergenceError(LrurecError):
+    """Training produced a loss that is not finite."""

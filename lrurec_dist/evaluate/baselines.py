@@ -1,0 +1,27 @@
+"""Models every evaluation is printed beside; they pass through the same ranking as LRURec."""
+
+import torch
+from torch import Tensor, nn
+
+from lrurec_dist.model.item_table import ItemTable
+
+
+class Popularity(nn.Module):
+    """Scores every item by how often it occurs in the training part, the same for everyone.
+
+    Args:
+        counts: (num_items + 1,) int64, occurrences of each item_id.
+
+    A one-dimensional model of the form LRURec has (vector . row + bias), so that there is one way
+    to rank. Float64 keeps counts exact up to 2^53.
+    """
+
+    def __init__(self, counts: Tensor) -> None:
+        super().__init__()
+        self.table = ItemTable(len(counts) - 1, dim=1)
+        self.table.weight = nn.Parameter(counts.double().unsqueeze(1), requires_grad=False)
+        self.table.bias = nn.Parameter(torch.zeros(len(counts), dtype=torch.float64), requires_grad=False)
+
+    def encode(self, item_ids: Tensor) -> Tensor:
+        """(batch, 1) ones: whoever asks gets the same scores."""
+        return torch.ones(len(item_ids), 1, dtype=torch.float64, device=item_ids.device)

@@ -1,0 +1,147 @@
+"""Evaluation of whole datasets: every evaluable user once, on any number of workers."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from torch import Tensor
+
+from lrurec_dist.data.batches import Split, configure_ray_data, iter_evaluation_batches, training_lengths
+from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
+from lrurec_dist.errors import DataQualityError, LrurecError
+from lrurec_dist.evaluate.baselines import Popularity
+from lrurec_dist.evaluate.metrics import RankCounts
+from lrurec_dist.evaluate.ranking import target_ranks
+from lrurec_dist.model.item_table import ItemTable
+
+
+class Encoder(Protocol):
+    """What can be ranked: histories to vectors, and a table to score them with."""
+
+    table: ItemTable
+
+    def encode(self, item_ids: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingProtocol:
+    """How users are evaluated; the same for every model of a comparison."""
+
+    split: Split
+    max_length: int  # history items the model sees, most recent
+    batch_size: int
+    exclude_history: bool  # items of the full history are no candidates
+    deepest: int  # ranks are counted one by one up to here
+
+
+@torch.inference_mode()
+def rank_shard(model: Encoder, shard: SequenceShard, protocol: RankingProtocol) -> RankCounts:
+    """Count the target ranks of every evaluable user in a shard."""
+    counts = RankCounts(protocol.deepest)
+    weight, bias = model.table.weight, model.table.bias
+    for batch in iter_evaluation_batches(shard, split=protocol.split, max_length=protocol.max_length, batch_size=protocol.batch_size):
+        pairs = slice(None) if protocol.exclude_history else slice(0)
+        item_ids, targets, rows, ids = (
+            torch.from_numpy(values).to(weight.device) for values in (batch.item_ids, batch.targets, batch.history_rows[pairs], batch.history_ids[pairs])
+        )
+        counts.add(target_ranks(model.encode(item_ids), weight, bias, targets, rows, ids))
+    return counts
+
+
+def training_counts(shards: Iterable[SequenceShard], num_items: int) -> np.ndarray:
+    """(num_items + 1,) int64: occurrences of each item_id in the training part of the shards."""
+    counts = np.zeros(num_items + 1, dtype=np.int64)
+    for shard in shards:
+        trained = training_lengths(shard.lengths)
+        position = np.arange(len(shard.item_ids)) - np.repeat(shard.offsets[:-1], shard.lengths)
+        counts += np.bincount(shard.item_ids[position < np.repeat(trained, shard.lengths)], minlength=num_items + 1)
+    return counts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation of one model found, with popularity on the same users beside it."""
+
+    model: RankCounts
+    popularity: RankCounts
+    unseen_targets: int  # users whose target never occurs in the training part
+
+    @property
+    def users(self) -> int:
+        """Users evaluated."""
+        return self.model.users
+
+
+def evaluate_dataset(url: str, load_model: Callable[[], Any], protocol: RankingProtocol, *, workers: int, cpus_per_worker: float, gpus_per_worker: float = 0) -> Evaluation:
+    """Rank every evaluable user's target over the full catalogue, on Ray workers.
+
+    Args:
+        url: the dataset.
+        load_model: called once on every worker; returns an `Encoder` on the device it should use.
+        protocol: split and rules.
+        workers: actors; each takes whole shards, so the figures do not depend on how many.
+
+    Raises:
+        DataQualityError: no user is evaluable.
+        LrurecError: a user was lost or counted twice.
+    """
+    dataset = SequenceDataset(url)
+    expected = int(dataset.manifest["users_evaluable"])
+    if expected == 0:
+        raise DataQualityError(f"{url}: none of {dataset.manifest['users']:,} users has 3 interactions; leave-last-out evaluates nobody")
+    configure_ray_data()
+    shards = ray.data.from_items([{"shard": name} for name in dataset.shard_names], override_num_blocks=len(dataset.shard_names))
+    partial = shards.map_batches(_count_shard, fn_kwargs={"url": url}, batch_size=1, batch_format="pyarrow", num_cpus=cpus_per_worker)
+    popularity = np.sum([np.asarray(row["counts"]) for row in partial.take_all()], axis=0)
+    ranked = shards.map_batches(
+        _ShardRanker,
+        fn_constructor_kwargs={"url": url, "load_model": load_model, "popularity": popularity, "protocol": protocol},
+        batch_size=1,
+        batch_format="pyarrow",
+        concurrency=min(workers, len(dataset.shard_names)),
+        num_cpus=cpus_per_worker,
+        num_gpus=gpus_per_worker,
+    ).take_all()
+    model, baseline = RankCounts(protocol.deepest), RankCounts(protocol.deepest)
+    model.counts += torch.from_numpy(np.sum([row["model"] for row in ranked], axis=0))
+    baseline.counts += torch.from_numpy(np.sum([row["popularity"] for row in ranked], axis=0))
+    if model.users != expected or baseline.users != expected:
+        raise LrurecError(f"{model.users:,} users were ranked, the manifest names {expected:,}; this is a bug, please report it")
+    return Evaluation(model, baseline, unseen_targets=sum(int(row["unseen"]) for row in ranked))
+
+
+def _count_shard(names: pa.Table, url: str) -> pa.Table:
+    dataset = SequenceDataset(url)
+    counts = training_counts((dataset.read_shard(name) for name in names["shard"].to_pylist()), dataset.num_items)
+    return pa.table({"counts": pa.array([counts])})
+
+
+class _ShardRanker:
+    """Lives in a Ray actor: loads the model once, then ranks shard after shard."""
+
+    def __init__(self, url: str, load_model: Callable[[], Any], popularity: np.ndarray, protocol: RankingProtocol) -> None:
+        self._dataset = SequenceDataset(url)
+        self._model = load_model()
+        self._popularity = Popularity(torch.from_numpy(popularity)).to(self._model.table.weight.device)
+        self._protocol = protocol
+
+    def __call__(self, names: pa.Table) -> pa.Table:
+        rows = []
+        for name in names["shard"].to_pylist():
+            shard = self._dataset.read_shard(name)
+            unseen = 0
+            for batch in iter_evaluation_batches(shard, split=self._protocol.split, max_length=1, batch_size=self._protocol.batch_size):
+                unseen += int((self._popularity.table.weight[torch.from_numpy(batch.targets)] == 0).sum())
+            rows.append(
+                {
+                    "model": rank_shard(self._model, shard, self._protocol).counts.numpy(),
+                    "popularity": rank_shard(self._popularity, shard, self._protocol).counts.numpy(),
+                    "unseen": unseen,
+                }
+            )
+        return pa.Table.from_pylist(rows)

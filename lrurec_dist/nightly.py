@@ -1,0 +1,294 @@
+"""The stages of a night, from log to verified bundle, each committed before the next begins."""
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Literal
+
+import ray
+import torch
+
+from lrurec_dist import __version__, storage
+from lrurec_dist.config import Config, differences, load_config, to_dict, to_yaml
+from lrurec_dist.data.batches import configure_ray_data, pad_left, untrained_targets, training_lengths
+from lrurec_dist.data.sequences import SequenceDataset, prepare_dataset
+from lrurec_dist.data.synthetic import write_synthetic_log
+from lrurec_dist.errors import BundleError, ConfigError, DataNotReadyError, LrurecError
+from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
+from lrurec_dist.evaluate.ranking import top_k
+from lrurec_dist.reporting import MetricsFile, Status, exit_code_of, format_duration, format_table, metrics_table, say
+from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
+from lrurec_dist.serve.recommender import Recommender
+from lrurec_dist.train.checkpoint import find_checkpoint, load_model, model_loader, read_checkpoint_manifest
+from lrurec_dist.train.launch import launch_training, use_cuda
+
+Stage = Literal["prepare", "train", "evaluate", "bundle"]
+
+# Settings that change how a run is computed and how long it goes on, not what it is: a run
+# directory may be continued with other values.
+_MAY_CHANGE = (
+    "run_dir",
+    "dataset.dir",
+    "bundle.",
+    "train.workers",
+    "train.device",
+    "train.cpus_per_worker",
+    "train.threads_per_worker",
+    "train.zero_stage",
+    "train.max_steps",
+    "train.max_minutes",
+    "train.patience",
+    "train.report_every",
+    "train.resume",
+)
+
+
+def run_job(arguments: Sequence[str], *, stages: Sequence[Stage], description: str, default_config: str) -> int:
+    """Parse a job's command line, run stages, and return the exit code; a failure is one clear line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default=default_config, help="YAML file (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top, e.g. train.max_steps=200")
+    parsed = parser.parse_args(arguments)
+    path, overrides = parsed.config, parsed.overrides
+    if "=" in path:
+        path, overrides = default_config, [path, *overrides]
+    try:
+        run(load_config(path, overrides), stages)
+    except LrurecError as error:
+        say(f"{type(error).__name__}: {error}")
+        return exit_code_of(error)
+    return 0
+
+
+def run(config: Config, stages: Sequence[Stage]) -> None:
+    """Run the given stages in order, skipping what is committed for the same inputs.
+
+    `status.json` in the run directory says at any time which stage runs, what is finished, and in
+    the end the result and the exit code.
+    """
+    status = _open_run(config)
+    started = time.perf_counter()
+    try:
+        with _ray_session(config):
+            for stage in stages:
+                status.running(stage)
+                _STAGES[stage](config, status)
+    except BaseException as error:
+        status.failed(error)
+        raise
+    status.done(bundle=status.stages.get("bundle", {}).get("outputs", {}).get("url"))
+    say(f"done in {format_duration(time.perf_counter() - started)}")
+
+
+def _open_run(config: Config) -> Status:
+    url = storage.join(config.run_url, "config.yaml")
+    if storage.exists(url):
+        differing = [
+            line for line in differences(to_dict(load_config(url)), to_dict(config)) if not line.startswith(_MAY_CHANGE)
+        ]
+        if differing:
+            raise ConfigError(
+                f"run_dir={config.run_dir}: belongs to another configuration ({'; '.join(differing)}); choose another run_dir, or delete it"
+            )
+    storage.write_bytes(url, to_yaml(config).encode())
+    say(f"run directory {config.run_url}")
+    return Status(config.run_url)
+
+
+@contextmanager
+def _ray_session(config: Config) -> Iterator[None]:
+    """Connect to the cluster this job was submitted to (RAY_ADDRESS), or start Ray here for its duration."""
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"address": address, "logging_level": "WARNING"}
+    if address == "local":
+        # Logical CPUs: the workers' own, and two for the data tasks that feed them.
+        cpus = config.train.workers * config.train.cpus_per_worker + 2
+        options["num_cpus"] = max(os.cpu_count() or 1, round(cpus + 0.5))
+    already = ray.is_initialized()
+    if not already:
+        ray.init(**options)
+    configure_ray_data()
+    try:
+        yield
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def _prepare(config: Config, status: Status) -> None:
+    started = time.perf_counter()
+    log = config.log
+    path = log.path or write_synthetic_log(storage.join(config.run_url, "log"), **asdict(config.synthetic))
+    say(f"prepare: reading {path}")
+    synthetic = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp", "timestamp_unit": "s"}
+    columns = {name: getattr(log, name) for name in synthetic} if log.path else synthetic
+    dataset, was_there = prepare_dataset(
+        config.dataset_url,
+        log_path=path,
+        log_format=log.format,
+        max_rejected_share=log.max_rejected_share,
+        shards=config.dataset.shards,
+        parent=config.dataset.parent,
+        **columns,
+    )
+    facts = dataset.manifest
+    if was_there:
+        say(f"prepare: skipped, {config.dataset_url} holds this log's dataset")
+    rows = [
+        ["rows read", facts["rows_read"]],
+        *([f"rejected: {reason}", count] for reason, count in sorted(facts["rows_rejected"].items())),
+        ["interactions", facts["interactions"]],
+        ["users", facts["users"]],
+        ["users too short to evaluate (train only)", facts["users_too_short_to_evaluate"]],
+        ["items", facts["num_items"]],
+        ["new items", facts["new_items"]],
+        *([f"length, percentile {p}", facts["length_percentiles"][p]] for p in ("50", "90", "99", "100")),
+    ]
+    say(format_table(["dataset", "count"], rows))
+    if not was_there:
+        say(f"prepare: {facts['interactions'] / (time.perf_counter() - started):,.0f} events/s, {config.dataset_url}")
+    status.commit("prepare", storage.fingerprint(facts["inputs"]), {"dataset": config.dataset_url})
+
+
+def _train(config: Config, status: Status) -> None:
+    dataset = _open_dataset(config)
+    settings = {name: value for name, value in to_dict(config).items() if name in ("seed", "batch", "model", "loss", "evaluate")}
+    training = {name: value for name, value in to_dict(config)["train"].items() if f"train.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")}
+    inputs = storage.fingerprint({"dataset": _identity(dataset), **settings, "train": training})
+    done = status.committed("train", inputs)
+    if done and find_checkpoint(config.run_url, "best"):
+        say(f"train: skipped, {done['best']} was trained on these inputs")
+        return
+    if config.train.resume == "never":
+        storage.remove_tree(storage.join(config.run_url, "checkpoints"))
+    missed = sum(untrained_targets(training_lengths(dataset.read_shard(name).lengths), config.batch.max_length) for name in dataset.shard_names)
+    say(f"train: {missed:,} of {dataset.manifest['interactions']:,} interactions lie before every window of {config.batch.max_length} and are no targets")
+    launch_training(config)
+    best = find_checkpoint(config.run_url, "best")
+    if best is None:
+        raise LrurecError("training ended without a checkpoint; this is a bug, please report it")
+    status.commit("train", inputs, {"best": best})
+
+
+def _open_dataset(config: Config) -> SequenceDataset:
+    if not storage.is_committed(config.dataset_url):
+        raise DataNotReadyError(f"dataset {config.dataset_url} does not exist; run jobs/prepare.py first")
+    return SequenceDataset(config.dataset_url)
+
+
+def _identity(dataset: SequenceDataset) -> str:
+    return storage.fingerprint(dataset.manifest["files"])
+
+
+def _best_checkpoint(config: Config, dataset: SequenceDataset) -> tuple[str, dict[str, Any]]:
+    best = find_checkpoint(config.run_url, "best")
+    if best is None:
+        raise DataNotReadyError(f"{config.run_url} has no checkpoint; run jobs/train.py first")
+    manifest = read_checkpoint_manifest(best)
+    if manifest["catalogue_fingerprint"] != dataset.manifest["catalogue_fingerprint"]:
+        raise ConfigError(f"{best} was trained on catalogue {manifest['catalogue_fingerprint']}, {dataset.url} has {dataset.manifest['catalogue_fingerprint']}")
+    return best, manifest
+
+
+def _evaluate(config: Config, status: Status) -> None:
+    dataset = _open_dataset(config)
+    best, manifest = _best_checkpoint(config, dataset)
+    options = config.evaluate
+    inputs = storage.fingerprint({"dataset": _identity(dataset), "checkpoint": manifest["files"], "evaluate": to_dict(config)["evaluate"], "max_length": config.batch.max_length})
+    outputs = status.committed("evaluate", inputs)
+    if outputs:
+        say(f"evaluate: skipped, {best} was evaluated on these inputs")
+    else:
+        protocol = RankingProtocol(
+            split="test", max_length=config.batch.max_length, batch_size=options.batch_size, exclude_history=options.exclude_history, deepest=max(options.ks)
+        )
+        cuda = use_cuda(config.train.device)
+        evaluation = evaluate_dataset(
+            config.dataset_url,
+            model_loader(best, "cuda" if cuda else "cpu"),
+            protocol,
+            workers=config.train.workers,
+            cpus_per_worker=config.train.cpus_per_worker,
+            gpus_per_worker=1 if cuda else 0,
+        )
+        outputs = {
+            "users": evaluation.users,
+            "unseen_targets": evaluation.unseen_targets,
+            "step": manifest["progress"]["step"],
+            "model": evaluation.model.metrics(options.ks),
+            "popularity": evaluation.popularity.metrics(options.ks),
+        }
+        MetricsFile(storage.join(config.run_url, "metrics.jsonl")).write(kind="test", **outputs)
+        status.commit("evaluate", inputs, outputs)
+    history = "excluded from" if options.exclude_history else "among"
+    say(
+        f"evaluate: test, {outputs['users']:,} users, {dataset.num_items:,} items, history {history} the candidates; "
+        f"{outputs['unseen_targets']:,} targets never occur in the training part"
+    )
+    say(metrics_table({f"LRURec, step {outputs['step']:,}": outputs["model"], "popularity": outputs["popularity"]}, options.ks))
+
+
+def _bundle(config: Config, status: Status) -> None:
+    dataset = _open_dataset(config)
+    best, manifest = _best_checkpoint(config, dataset)
+    evaluation = status.stages["evaluate"]["outputs"]
+    model = load_model(best)
+    largest = max(float(layer.decay().abs().max()) for layer in model.recurrent)
+    golden = _golden_answers(dataset, model, config)
+    url = save_bundle(
+        config.registry_url,
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+        model=model,
+        model_arguments=manifest["model"],
+        max_length=config.batch.max_length,
+        exclude_history=config.evaluate.exclude_history,
+        catalogue=dataset.catalogue.table,
+        catalogue_fingerprint=dataset.catalogue.fingerprint,
+        golden=golden,
+        metrics={**evaluation, "largest_decay_modulus": largest},
+        lineage={
+            "sources": dataset.manifest["inputs"]["sources"],
+            "dataset": dataset.url,
+            "dataset_identity": _identity(dataset),
+            "interactions": dataset.manifest["interactions"],
+            "users": dataset.manifest["users"],
+            "checkpoint": best,
+            "step": manifest["progress"]["step"],
+            "libraries": {"lrurec_dist": __version__, "torch": torch.__version__, "ray": ray.__version__, "python": platform.python_version()},
+        },
+    )
+    try:
+        recommender = Recommender.load(url)
+    except BundleError:
+        storage.remove_tree(url)  # it must not look committed
+        raise
+    difference = recommender.check_golden()
+    say(f"bundle: {url}")
+    say(f"bundle: verified; {len(golden.histories)} golden requests answered as by the trained model, largest score difference {difference:.1e}")
+    for history in golden.histories[:3]:
+        answers = ", ".join(f"{item.item_key} ({item.score:.2f})" for item in recommender.recommend(history, k=3))
+        say(f"recommend: after {' → '.join(map(str, history[-3:]))}: {answers}")
+    status.commit("bundle", storage.fingerprint(manifest["files"]), {"url": url, "version": recommender.version})
+
+
+def _golden_answers(dataset: SequenceDataset, model: Any, config: Config) -> GoldenAnswers:
+    """What the trained model answers to the first users of the dataset, computed on item ids."""
+    histories: list[Any] = []
+    for name in dataset.shard_names:
+        shard = dataset.read_shard(name)
+        room = config.bundle.golden_requests - len(histories)
+        histories += [shard.item_ids[begin:end] for begin, end in zip(shard.offsets[:room], shard.offsets[1 : room + 1], strict=False)]
+    length = min(config.batch.max_length, max(map(len, histories)))
+    item_ids = torch.from_numpy(pad_left([history[-length:] for history in histories], length))
+    pairs = [(row, item) for row, history in enumerate(histories) for item in history.tolist() if config.evaluate.exclude_history]
+    rows, ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    with torch.inference_mode():
+        best, scores = top_k(model.encode(item_ids), model.table.weight, model.table.bias, GOLDEN_K, rows, ids)
+    return GoldenAnswers([dataset.catalogue.keys_of(history) for history in histories], best, scores)
+
+
+_STAGES = {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "bundle": _bundle}

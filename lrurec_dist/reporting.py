@@ -1,0 +1,110 @@
+"""What a person or a scheduler reads about a run: lines, tables, `metrics.jsonl`, `status.json`."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lrurec_dist import storage
+from lrurec_dist.errors import EXIT_DONE, LrurecError
+
+
+def say(line: str) -> None:
+    """Print one line at once, whatever buffers stand between the process and the reader."""
+    print(line, file=sys.stdout, flush=True)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as `45 s`, `12 min 05 s` or `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A plain-text table: first column left-aligned, the others right-aligned."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.5f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def metrics_table(rows: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
+    """One line per model, one column per metric, from maps such as {"recall@10": 0.2}."""
+    names = [f"{name}@{k}" for name in ("recall", "ndcg", "mrr") for k in ks]
+    return "\n\n".join(
+        format_table([f"{name}", *(f"@{k}" for k in ks)], [[model, *(values[f"{name}@{k}"] for k in ks)] for model, values in rows.items()])
+        for name in ("recall", "ndcg", "mrr")
+        if all(f"{name}@{k}" in names for k in ks)
+    )
+
+
+class Status:
+    """`<run>/status.json`, the truth about a run: its stage, its result, its exit code.
+
+    Stages are committed here with the fingerprint of their inputs; `stages` maps each finished one
+    to its inputs and outputs. Written whole at every change, so that a kill leaves the last truth.
+    """
+
+    def __init__(self, run_url: str) -> None:
+        self._url = storage.join(run_url, "status.json")
+        before = storage.read_json(self._url) if storage.exists(self._url) else {}
+        self.stages: dict[str, dict[str, Any]] = before.get("stages", {})
+        self._started = time.time()
+
+    def running(self, stage: str) -> None:
+        """Say that `stage` has begun."""
+        self._write(result="running", stage=stage)
+
+    def committed(self, stage: str, inputs: str) -> dict[str, Any] | None:
+        """The outputs of `stage` if it was finished for these inputs."""
+        done = self.stages.get(stage)
+        return done["outputs"] if done and done["inputs"] == inputs else None
+
+    def commit(self, stage: str, inputs: str, outputs: dict[str, Any]) -> None:
+        """Record that `stage` finished for these inputs."""
+        self.stages[stage] = {"inputs": inputs, "outputs": outputs}
+        self._write(result="running", stage=stage)
+
+    def done(self, **facts: Any) -> None:
+        """Record success."""
+        self._write(result="done", stage="done", exit_code=EXIT_DONE, **facts)
+
+    def failed(self, error: BaseException) -> None:
+        """Record a failure and the exit code that belongs to it."""
+        self._write(result="failed", exit_code=exit_code_of(error), error=f"{type(error).__name__}: {error}")
+
+    def _write(self, **facts: Any) -> None:
+        self._last = {**getattr(self, "_last", {}), **facts, "stages": self.stages, "started": self._started, "updated": time.time()}
+        storage.write_json(self._url, self._last)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The documented exit code for an error."""
+    return error.exit_code if isinstance(error, LrurecError) else LrurecError.exit_code
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per line, with the time it was written."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def write(self, **values: Any) -> None:
+        """Append one line."""
+        storage.append_line(self._url, json.dumps({**values, "time": round(time.time(), 3)}))

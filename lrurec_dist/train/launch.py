@@ -1,0 +1,77 @@
+"""Starts the training workers with Ray Train and brings their outcome back."""
+
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from lrurec_dist import storage
+from lrurec_dist.config import Config, from_dict, to_dict
+from lrurec_dist.errors import LrurecError
+from lrurec_dist.train.loop import train
+
+
+def use_cuda(device: str) -> bool:
+    """Whether workers compute on GPUs: as asked, or where the cluster has any."""
+    return device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def launch_training(config: Config) -> None:
+    """Run the training loop on `train.workers` workers until it ends.
+
+    Every attempt is a Ray run of its own name: under a used one, Ray would silently resume the old
+    run. What counts of a run is in our own checkpoints.
+
+    Raises:
+        LrurecError: what a worker raised, or a failure of the worker group.
+    """
+    cuda = use_cuda(config.train.device)
+    trainer = TorchTrainer(
+        _worker_entry,
+        train_loop_config={"config": to_dict(config), "cuda": cuda},
+        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=cuda,
+            resources_per_worker={"CPU": config.train.cpus_per_worker, **({"GPU": 1} if cuda else {})},
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
+            storage_path=storage.join(config.run_url, "ray"),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _cause_of(error) from error
+
+
+def _cause_of(error: BaseException) -> LrurecError:
+    """The deliberate error of a worker if there is one, else what is known about the failure."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        cause: Any = getattr(failure, "cause", failure)
+        if isinstance(cause, LrurecError):
+            return type(cause)(f"rank {rank}: {cause}")
+    return LrurecError(f"training failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+
+
+def _worker_entry(arguments: dict[str, Any]) -> None:
+    config = from_dict(arguments["config"])
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    if arguments["cuda"]:
+        device = ray.train.torch.get_device()
+    else:
+        device = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local_workers = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(config.train.threads_per_worker or max(1, cores // local_workers))
+    train(config, device, ray.train.report)

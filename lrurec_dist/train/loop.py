@@ -1,0 +1,256 @@
+"""What every training worker runs: batches in, steps, validations, checkpoints, one report each.
+
+Free of Ray but for the feed: the process group exists, and `report` is whatever the launcher gives.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from lrurec_dist import collectives, storage
+from lrurec_dist.config import Config
+from lrurec_dist.data.batches import TrainingBatch, iter_training_batches
+from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.errors import DivergenceError
+from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard
+from lrurec_dist.evaluate.metrics import RankCounts
+from lrurec_dist.model.loss import softmax_loss
+from lrurec_dist.model.lrurec import LRURec
+from lrurec_dist.reporting import MetricsFile, format_duration, say
+from lrurec_dist.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from lrurec_dist.train.engine import Engine
+
+
+def train(config: Config, device: torch.device, report: Callable[[dict[str, float]], None]) -> str:
+    """Train until early stopping or the end of the budget; the same call on every rank.
+
+    Args:
+        config: the run.
+        device: where this rank computes.
+        report: called by every rank after each validation, with its metrics.
+
+    Returns:
+        Why training ended. The best and the last checkpoint lie in the run directory.
+    """
+    return _Worker(config, device).run(report)
+
+
+class _Worker:
+    """One rank's side of a training run."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.rank, self.world_size = collectives.rank(), collectives.world_size()
+        self.dataset = SequenceDataset(config.dataset_url)
+        mine = self.dataset.shard_names[self.rank :: self.world_size]
+        self.validation_shards = [self.dataset.read_shard(name) for name in mine]
+        self.shape = {
+            "num_items": self.dataset.num_items,
+            "dim": config.model.dim,
+            "hidden": config.model.hidden,
+            "blocks": config.model.blocks,
+            "dropout": config.model.dropout,
+            "ring": [config.model.ring_min, config.model.ring_max],
+        }
+        torch.manual_seed(config.seed)
+        options = config.train
+        self.engine = Engine(
+            LRURec(**self.shape).to(device),
+            device=device,
+            zero_stage=options.zero_stage,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            decay_recurrence=options.decay_recurrence,
+            epsilon=options.epsilon,
+            clip_norm=options.clip_norm,
+        )
+        self.metrics_file = MetricsFile(storage.join(config.run_url, "metrics.jsonl"))
+        self.progress = self._resume()
+
+    def _resume(self) -> Progress:
+        last = find_checkpoint(self.config.run_url, "last") if self.config.train.resume == "auto" else None
+        if last is None:
+            return Progress()
+        progress, parameters, moments = load_checkpoint(last, catalogue_fingerprint=self.dataset.manifest["catalogue_fingerprint"])
+        self.engine.load(parameters, moments, progress.step)
+        self._say(f"train: resuming from {last}")
+        return progress
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            say(line)
+
+    def _batches(self) -> Iterator[TrainingBatch]:
+        options = self.config.batch
+        stream = iter_training_batches(
+            self.config.dataset_url,
+            seed=self.config.seed,
+            first_epoch=self.progress.epoch,
+            shards_mixed=options.shards_mixed,
+            global_batch_size=options.global_batch_size,
+            max_length=options.max_length,
+            first_item_is_target=options.first_item_is_target,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return itertools.islice(stream, self.progress.batches_into_epoch, None)
+
+    def run(self, report: Callable[[dict[str, float]], None]) -> str:
+        options = self.config.train
+        window = _Window(self.device)
+        stop = self._exhausted()
+        waited_from = time.perf_counter()
+        for batch in self._batches() if not stop else ():
+            window.waiting_s += time.perf_counter() - waited_from
+            window.add(*self._step(batch))
+            moved_on = batch.epoch != self.progress.epoch
+            self.progress = replace(
+                self.progress,
+                step=self.progress.step + 1,
+                epoch=batch.epoch,
+                batches_into_epoch=1 if moved_on else self.progress.batches_into_epoch + 1,
+            )
+            step = self.progress.step
+            if step % options.report_every == 0 or step == options.max_steps:
+                self._report_window(window)
+                stop = self._exhausted()
+                window = _Window(self.device)
+            if step % options.validate_every == 0 or stop:
+                started = time.perf_counter()
+                report(self._validate())
+                stop = stop or self._exhausted()
+                window.leave_out(time.perf_counter() - started)
+                self.progress = replace(self.progress, seconds=self.progress.seconds + time.perf_counter() - started)
+            if stop:
+                break
+            waited_from = time.perf_counter()
+        self._say(f"train: ended after {self.progress.step:,} steps: {stop}")
+        return stop
+
+    def _step(self, batch: TrainingBatch) -> tuple[torch.Tensor, int, int, int]:
+        """One update; returns the loss sum and targets of this rank, and its real and padded positions."""
+        # Dropout masks are a function of (seed, step, rank), so a resumed run repeats them.
+        torch.manual_seed(hash((self.config.seed, self.progress.step, self.rank)))
+        item_ids = torch.from_numpy(batch.item_ids).to(self.device)
+        targets = torch.from_numpy(batch.targets).to(self.device)
+        keep = targets > 0
+        vectors = self.engine(item_ids, keep)
+        table = self.engine.model.table
+        loss_sum, num_targets = softmax_loss(vectors, table.weight, table.bias, targets[keep], include_padding_class=self.config.loss.include_padding_class)
+        self.engine.step(loss_sum, batch.num_targets)
+        return loss_sum.detach(), num_targets, int(keep.sum()), keep.numel()
+
+    def _report_window(self, window: "_Window") -> None:
+        loss_sum, num_targets, real, padded, waiting_s = collectives.all_reduce_sum(window.totals()).tolist()
+        step, loss = self.progress.step, loss_sum / max(1.0, num_targets)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise DivergenceError(
+                f"loss is {loss} within {window.steps} steps before step {step}, train.learning_rate={self.config.train.learning_rate:g}; "
+                "lower the rate, or resume from the last checkpoint"
+            )
+        self.progress = replace(self.progress, seconds=self.progress.seconds + window.seconds)
+        rate = num_targets / window.seconds
+        facts = {
+            "step": step,
+            "epoch": self.progress.epoch,
+            "loss": loss,
+            "targets_per_s": rate,
+            "padded_per_real": padded / max(1.0, real),
+            "waiting_share": waiting_s / self.world_size / window.seconds,
+        }
+        if self.rank == 0:
+            self.metrics_file.write(kind="train", **facts)
+        self._say(
+            f"train: step {step:>6,}  epoch {self.progress.epoch:>3}  loss {loss:.4f}  {rate:,.0f} targets/s  "
+            f"recall@10 {max(self.progress.best_recall, 0):.4f}  at most {format_duration(self._time_left(window))} left"
+        )
+
+    def _time_left(self, window: "_Window") -> float:
+        options = self.config.train
+        left = (options.max_steps - self.progress.step) * window.seconds / window.steps
+        return max(0.0, min(left, options.max_minutes * 60 - self.progress.seconds) if options.max_minutes else left)
+
+    def _exhausted(self) -> str:
+        """Why training should end now, the same on every rank; empty to go on."""
+        options = self.config.train
+        if self.progress.step >= options.max_steps:
+            return f"train.max_steps={options.max_steps:,} reached"
+        if self.progress.validations_since_best >= options.patience:
+            return f"recall@10 has not improved in train.patience={options.patience} validations"
+        overtime = bool(options.max_minutes) and self.progress.seconds >= options.max_minutes * 60
+        if collectives.any_rank(overtime, self.device):  # clocks differ, so the ranks agree first
+            return f"train.max_minutes={options.max_minutes:g} reached"
+        return ""
+
+    def _validate(self) -> dict[str, float]:
+        """Rank the validation targets, keep the checkpoint, and say how it went."""
+        started = time.perf_counter()
+        model, options = self.engine.model, self.config.evaluate
+        protocol = RankingProtocol(
+            split="validation",
+            max_length=self.config.batch.max_length,
+            batch_size=options.batch_size,
+            exclude_history=options.exclude_history,
+            deepest=max(options.ks),
+        )
+        model.eval()
+        counts = RankCounts(protocol.deepest)
+        for shard in self.validation_shards:
+            counts.counts += rank_shard(model, shard, protocol).counts
+        model.train()
+        counts.counts = collectives.all_reduce_sum(counts.counts.to(self.device)).cpu()
+        metrics = counts.metrics(options.ks)
+        is_best = metrics["recall@10"] > self.progress.best_recall
+        self.progress = replace(
+            self.progress,
+            best_recall=max(metrics["recall@10"], self.progress.best_recall),
+            validations_since_best=0 if is_best else self.progress.validations_since_best + 1,
+            curve=[*self.progress.curve, {"step": self.progress.step, **metrics}],
+        )
+        moments = self.engine.optimizer_state()  # gathered from all ranks
+        if self.rank == 0:
+            save_checkpoint(
+                self.config.run_url,
+                progress=self.progress,
+                parameters=self.engine.parameters(),
+                moments=moments,
+                description={"model": self.shape, "catalogue_fingerprint": self.dataset.manifest["catalogue_fingerprint"], "validation": metrics},
+                is_best=is_best,
+            )
+            self.metrics_file.write(kind="validation", step=self.progress.step, users=counts.users, **metrics)
+        self._say(
+            f"train: validation at step {self.progress.step:,}: recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics['ndcg@10']:.4f}  "
+            f"{'best so far' if is_best else f'best was {self.progress.best_recall:.4f}'}  ({counts.users:,} users, {time.perf_counter() - started:.1f} s)"
+        )
+        return {"step": self.progress.step, **metrics}
+
+
+class _Window:
+    """Sums since the last report."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.steps = 0
+        self.waiting_s = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, loss_sum: torch.Tensor, num_targets: int, real: int, padded: int) -> None:
+        """Count one step."""
+        self._sums += torch.stack([loss_sum.double(), *self._sums.new_tensor([num_targets, real, padded])])
+        self.steps += 1
+
+    def totals(self) -> torch.Tensor:
+        """(5,): loss sum, targets, real positions, positions with padding, seconds spent waiting for data."""
+        return torch.cat([self._sums, self._sums.new_tensor([self.waiting_s])])
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the last so many seconds: they were not spent on steps."""
+        self._started += seconds
+
+    @property
+    def seconds(self) -> float:
+        """Since the window began."""
+        return max(1e-9, time.perf_counter() - self._started)
