@@ -203,17 +203,27 @@ class Config:
     @property
     def dataset_url(self) -> str:
         """Where the prepared dataset lies."""
-        return storage.absolute(self.dataset.dir or storage.join(self.run_dir, "dataset"))
-
-    @property
-    def run_url(self) -> str:
-        """Where this run's own files lie."""
-        return storage.absolute(self.run_dir)
+        return self.dataset.dir or storage.join(self.run_dir, "dataset")
 
     @property
     def registry_url(self) -> str:
         """Where bundles are published."""
-        return storage.absolute(self.bundle.registry or storage.join(self.run_dir, "registry"))
+        return self.bundle.registry or storage.join(self.run_dir, "registry")
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with local paths made absolute: workers have another working directory."""
+
+    def resolved(url: str) -> str:
+        return storage.absolute(url) if url else url
+
+    return dataclasses.replace(
+        config,
+        run_dir=resolved(config.run_dir),
+        log=dataclasses.replace(config.log, path=resolved(config.log.path)),
+        dataset=dataclasses.replace(config.dataset, dir=resolved(config.dataset.dir), parent=resolved(config.dataset.parent)),
+        bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
+    )
 
 
 def load_config(path: str | None = None, overrides: list[str] | None = None) -> Config:

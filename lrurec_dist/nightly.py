@@ -13,14 +13,14 @@ import ray
 import torch
 
 from lrurec_dist import __version__, storage
-from lrurec_dist.config import Config, differences, load_config, to_dict, to_yaml
+from lrurec_dist.config import Config, differences, load_config, to_dict, to_yaml, with_absolute_paths
 from lrurec_dist.data.batches import configure_ray_data, pad_left, untrained_targets, training_lengths
 from lrurec_dist.data.sequences import SequenceDataset, prepare_dataset
 from lrurec_dist.data.synthetic import write_synthetic_log
 from lrurec_dist.errors import BundleError, ConfigError, DataNotReadyError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
 from lrurec_dist.evaluate.ranking import top_k
-from lrurec_dist.reporting import MetricsFile, Status, exit_code_of, format_duration, format_table, metrics_table, say
+from lrurec_dist.reporting import METRICS, MetricsFile, Status, exit_code_of, format_duration, format_table, metrics_table, say
 from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
 from lrurec_dist.serve.recommender import Recommender
 from lrurec_dist.train.checkpoint import find_checkpoint, load_model, model_loader, read_checkpoint_manifest
@@ -32,6 +32,7 @@ Stage = Literal["prepare", "train", "evaluate", "bundle"]
 # directory may be continued with other values.
 _MAY_CHANGE = (
     "run_dir",
+    "log.path",  # the dataset's manifest knows its sources better
     "dataset.dir",
     "bundle.",
     "train.workers",
@@ -57,7 +58,7 @@ def run_job(arguments: Sequence[str], *, stages: Sequence[Stage], description: s
     if "=" in path:
         path, overrides = default_config, [path, *overrides]
     try:
-        run(load_config(path, overrides), stages)
+        run(with_absolute_paths(load_config(path, overrides)), stages)
     except LrurecError as error:
         say(f"{type(error).__name__}: {error}")
         return exit_code_of(error)
@@ -85,7 +86,7 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
 
 
 def _open_run(config: Config) -> Status:
-    url = storage.join(config.run_url, "config.yaml")
+    url = storage.join(config.run_dir, "config.yaml")
     if storage.exists(url):
         differing = [
             line for line in differences(to_dict(load_config(url)), to_dict(config)) if not line.startswith(_MAY_CHANGE)
@@ -95,15 +96,18 @@ def _open_run(config: Config) -> Status:
                 f"run_dir={config.run_dir}: belongs to another configuration ({'; '.join(differing)}); choose another run_dir, or delete it"
             )
     storage.write_bytes(url, to_yaml(config).encode())
-    say(f"run directory {config.run_url}")
-    return Status(config.run_url)
+    say(f"run directory {config.run_dir}")
+    return Status(config.run_dir)
 
 
 @contextmanager
 def _ray_session(config: Config) -> Iterator[None]:
-    """Connect to the cluster this job was submitted to (RAY_ADDRESS), or start Ray here for its duration."""
+    """Connect to the cluster this job was submitted to (RAY_ADDRESS), or start Ray here for its duration.
+
+    Workers' output stays in Ray's own logs: what matters of it comes back as records and errors.
+    """
     address = os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"address": address, "logging_level": "WARNING"}
+    options: dict[str, Any] = {"address": address, "logging_level": "ERROR", "log_to_driver": False}
     if address == "local":
         # Logical CPUs: the workers' own, and two for the data tasks that feed them.
         cpus = config.train.workers * config.train.cpus_per_worker + 2
@@ -122,7 +126,7 @@ def _ray_session(config: Config) -> Iterator[None]:
 def _prepare(config: Config, status: Status) -> None:
     started = time.perf_counter()
     log = config.log
-    path = log.path or write_synthetic_log(storage.join(config.run_url, "log"), **asdict(config.synthetic))
+    path = log.path or write_synthetic_log(storage.join(config.run_dir, "log"), **asdict(config.synthetic))
     say(f"prepare: reading {path}")
     synthetic = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp", "timestamp_unit": "s"}
     columns = {name: getattr(log, name) for name in synthetic} if log.path else synthetic
@@ -160,15 +164,15 @@ def _train(config: Config, status: Status) -> None:
     training = {name: value for name, value in to_dict(config)["train"].items() if f"train.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")}
     inputs = storage.fingerprint({"dataset": _identity(dataset), **settings, "train": training})
     done = status.committed("train", inputs)
-    if done and find_checkpoint(config.run_url, "best"):
+    if done and find_checkpoint(config.run_dir, "best"):
         say(f"train: skipped, {done['best']} was trained on these inputs")
         return
     if config.train.resume == "never":
-        storage.remove_tree(storage.join(config.run_url, "checkpoints"))
+        storage.remove_tree(storage.join(config.run_dir, "checkpoints"))
     missed = sum(untrained_targets(training_lengths(dataset.read_shard(name).lengths), config.batch.max_length) for name in dataset.shard_names)
     say(f"train: {missed:,} of {dataset.manifest['interactions']:,} interactions lie before every window of {config.batch.max_length} and are no targets")
     launch_training(config)
-    best = find_checkpoint(config.run_url, "best")
+    best = find_checkpoint(config.run_dir, "best")
     if best is None:
         raise LrurecError("training ended without a checkpoint; this is a bug, please report it")
     status.commit("train", inputs, {"best": best})
@@ -185,9 +189,9 @@ def _identity(dataset: SequenceDataset) -> str:
 
 
 def _best_checkpoint(config: Config, dataset: SequenceDataset) -> tuple[str, dict[str, Any]]:
-    best = find_checkpoint(config.run_url, "best")
+    best = find_checkpoint(config.run_dir, "best")
     if best is None:
-        raise DataNotReadyError(f"{config.run_url} has no checkpoint; run jobs/train.py first")
+        raise DataNotReadyError(f"{config.run_dir} has no checkpoint; run jobs/train.py first")
     manifest = read_checkpoint_manifest(best)
     if manifest["catalogue_fingerprint"] != dataset.manifest["catalogue_fingerprint"]:
         raise ConfigError(f"{best} was trained on catalogue {manifest['catalogue_fingerprint']}, {dataset.url} has {dataset.manifest['catalogue_fingerprint']}")
@@ -222,7 +226,7 @@ def _evaluate(config: Config, status: Status) -> None:
             "model": evaluation.model.metrics(options.ks),
             "popularity": evaluation.popularity.metrics(options.ks),
         }
-        MetricsFile(storage.join(config.run_url, "metrics.jsonl")).write(kind="test", **outputs)
+        MetricsFile(storage.join(config.run_dir, METRICS)).write("test", **outputs)
         status.commit("evaluate", inputs, outputs)
     history = "excluded from" if options.exclude_history else "among"
     say(

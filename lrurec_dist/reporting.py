@@ -2,12 +2,16 @@
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lrurec_dist import storage
 from lrurec_dist.errors import EXIT_DONE, LrurecError
+
+METRICS = "metrics.jsonl"  # below the run directory
 
 
 def say(line: str) -> None:
@@ -45,12 +49,10 @@ def _cell(value: object) -> str:
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
-    """One line per model, one column per metric, from maps such as {"recall@10": 0.2}."""
-    names = [f"{name}@{k}" for name in ("recall", "ndcg", "mrr") for k in ks]
+    """A table per metric: one line per model, one column per k, from maps such as {"recall@10": 0.2}."""
     return "\n\n".join(
-        format_table([f"{name}", *(f"@{k}" for k in ks)], [[model, *(values[f"{name}@{k}"] for k in ks)] for model, values in rows.items()])
-        for name in ("recall", "ndcg", "mrr")
-        if all(f"{name}@{k}" in names for k in ks)
+        format_table([metric, *(f"@{k}" for k in ks)], [[model, *(values[f"{metric}@{k}"] for k in ks)] for model, values in rows.items()])
+        for metric in ("recall", "ndcg", "mrr")
     )
 
 
@@ -100,11 +102,66 @@ def exit_code_of(error: BaseException) -> int:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object per line, with the time it was written."""
+    """`metrics.jsonl`: one JSON object per line, with its `kind` and the time it was written.
+
+    The one account of a run's progress: workers write it, the driver prints it, readers plot it.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def write(self, **values: Any) -> None:
+    def write(self, kind: str, **values: Any) -> None:
         """Append one line."""
-        storage.append_line(self._url, json.dumps({**values, "time": round(time.time(), 3)}))
+        storage.append_line(self._url, json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}))
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line so far."""
+        if not storage.exists(self._url):
+            return []
+        return [json.loads(line) for line in storage.read_bytes(self._url).decode().split("\n")[:-1]]
+
+    @contextmanager
+    def followed(self, poll_s: float = 1.0) -> Iterator[None]:
+        """Print what others write while the context is open, and all of it before it closes."""
+        seen = len(self.read())
+        closing = threading.Event()
+
+        def follow() -> None:
+            nonlocal seen
+            while True:
+                last_round = closing.wait(poll_s)
+                records = self.read()
+                for record in records[seen:]:
+                    say(describe(record))
+                seen = len(records)
+                if last_round:
+                    return
+
+        thread = threading.Thread(target=follow, name="metrics-follower", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            closing.set()
+            thread.join()
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """One line a person can read for one record of `metrics.jsonl`."""
+    match record["kind"]:
+        case "train":
+            return (
+                f"train: step {record['step']:>6,}  epoch {record['epoch']:>3}  loss {record['loss']:.4f}  "
+                f"{record['targets_per_s']:,.0f} targets/s  recall@10 {record['best_recall@10']:.4f}  "
+                f"at most {format_duration(record['seconds_left'])} left"
+            )
+        case "validation":
+            standing = "best so far" if record["is_best"] else f"best was {record['best_recall@10']:.4f}"
+            return (
+                f"train: validation at step {record['step']:,}: recall@10 {record['recall@10']:.4f}  ndcg@10 {record['ndcg@10']:.4f}  "
+                f"{standing}  ({record['users']:,} users, {record['seconds']:.1f} s)"
+            )
+        case "note":
+            return f"train: {record['text']}"
+        case kind:
+            return f"{kind}: {json.dumps(dict(record))}"

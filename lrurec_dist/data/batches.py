@@ -215,7 +215,7 @@ def configure_ray_data() -> None:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _batches_of_group(addresses: pa.Table, url: str, rank: int, world_size: int, **options: int) -> Iterator[pa.Table]:

@@ -6,7 +6,6 @@ and scattered to them again.
 """
 
 import logging
-from collections.abc import Iterator
 
 import deepspeed
 import torch
@@ -62,13 +61,14 @@ class Engine:
             "zero_optimization": {"stage": zero_stage},
             "optimizer": {
                 "type": "AdamW",
-                "params": {"lr": learning_rate, "eps": epsilon, "weight_decay": weight_decay, "torch_adam": device.type == "cpu"},
+                "params": {"lr": learning_rate, "eps": epsilon, "weight_decay": weight_decay, "torch_adam": True},
             },
         }
         self._engine, *_ = deepspeed.initialize(model=model, model_parameters=[g for g in groups if g["params"]], config=config)
         self._named = named
         self._zero_stage = zero_stage
         self.model = model
+        self._create_moments()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The model's forward pass."""
@@ -96,9 +96,8 @@ class Engine:
         state = {}
         for name, parameter in self._named:
             for moment in _MOMENTS:
-                whole = self._inner.state[parameter].get(moment) if self._zero_stage == 0 else safe_get_full_optimizer_state(parameter, moment)
-                if whole is not None:
-                    state[f"{moment}/{name}"] = whole.detach().cpu().clone()
+                whole = self._inner.state[parameter][moment] if self._zero_stage == 0 else safe_get_full_optimizer_state(parameter, moment)
+                state[f"{moment}/{name}"] = whole.detach().cpu().clone()
         return state
 
     def load(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor], step: int) -> None:
@@ -118,7 +117,6 @@ class Engine:
                 parameter.copy_(value)
             if self._zero_stage > 0:
                 safe_set_full_fp32_param(parameter, value)
-        self._create_moments()
         for name, parameter in self._named:
             for moment in _MOMENTS:
                 value = optimizer_state[f"{moment}/{name}"].to(parameter.device)
@@ -126,8 +124,8 @@ class Engine:
                     self._inner.state[parameter][moment].copy_(value)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
-        for state in self._states():
-            state["step"] = torch.tensor(float(step))
+        for state in self._inner.state.values():
+            state["step"].fill_(step)
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -135,14 +133,14 @@ class Engine:
         optimizer = self._engine.optimizer
         return getattr(optimizer, "optimizer", optimizer)
 
-    def _states(self) -> Iterator[dict[str, Tensor]]:
-        for group in self._inner.param_groups:
-            for parameter in group["params"]:
-                yield self._inner.state[parameter]
-
     def _create_moments(self) -> None:
-        """Give AdamW its state, which torch makes only at the first step."""
+        """Give AdamW the state that torch would make at the first step, and link it to parameter names.
+
+        DeepSpeed links state to names after the step of the *first* group, when the second has
+        none yet, and never again; so everything has to be there before.
+        """
         for group in self._inner.param_groups:
             for parameter in group["params"]:
-                for moment in _MOMENTS:
-                    self._inner.state[parameter].setdefault(moment, torch.zeros_like(parameter))
+                self._inner.state[parameter] = {"step": torch.zeros(()), **{moment: torch.zeros_like(parameter) for moment in _MOMENTS}}
+        if self._zero_stage > 0:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from lrurec_dist import storage
 from lrurec_dist.config import Config, from_dict, to_dict
 from lrurec_dist.errors import LrurecError
-from lrurec_dist.train.loop import train
+from lrurec_dist.reporting import METRICS, MetricsFile
 
 
 def use_cuda(device: str) -> bool:
@@ -44,27 +44,33 @@ def launch_training(config: Config) -> None:
         ),
         run_config=RunConfig(
             name=f"attempt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
-            storage_path=storage.join(config.run_url, "ray"),
+            storage_path=storage.join(config.run_dir, "ray"),
             failure_config=FailureConfig(max_failures=0),
         ),
     )
     try:
-        trainer.fit()
+        with MetricsFile(storage.join(config.run_dir, METRICS)).followed():
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause_of(error) from error
 
 
 def _cause_of(error: BaseException) -> LrurecError:
-    """The deliberate error of a worker if there is one, else what is known about the failure."""
+    """The deliberate error of a worker if there is one, else the first failure in one line."""
     failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        cause: Any = getattr(failure, "cause", failure)
+    causes: list[tuple[int, BaseException]] = [(rank, getattr(failure, "cause", failure)) for rank, failure in sorted(failures.items())]
+    for rank, cause in causes:
         if isinstance(cause, LrurecError):
             return type(cause)(f"rank {rank}: {cause}")
-    return LrurecError(f"training failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    for rank, cause in causes:
+        lines = [line for line in str(cause).splitlines() if line.strip()]
+        return LrurecError(f"rank {rank} failed: {type(cause).__name__}: {lines[-1] if lines else ''}")
+    return LrurecError(f"training failed: {type(error).__name__}: {error}")
 
 
 def _worker_entry(arguments: dict[str, Any]) -> None:
+    from lrurec_dist.train.loop import train  # DeepSpeed is a worker's business, not the driver's
+
     config = from_dict(arguments["config"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if arguments["cuda"]:

@@ -19,10 +19,9 @@ from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard
 from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
-from lrurec_dist.reporting import MetricsFile, format_duration, say
+from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from lrurec_dist.train.engine import Engine
-
 
 def train(config: Config, device: torch.device, report: Callable[[dict[str, float]], None]) -> str:
     """Train until early stopping or the end of the budget; the same call on every rank.
@@ -67,21 +66,21 @@ class _Worker:
             epsilon=options.epsilon,
             clip_norm=options.clip_norm,
         )
-        self.metrics_file = MetricsFile(storage.join(config.run_url, "metrics.jsonl"))
+        self.metrics_file = MetricsFile(storage.join(config.run_dir, METRICS))
         self.progress = self._resume()
 
     def _resume(self) -> Progress:
-        last = find_checkpoint(self.config.run_url, "last") if self.config.train.resume == "auto" else None
+        last = find_checkpoint(self.config.run_dir, "last") if self.config.train.resume == "auto" else None
         if last is None:
             return Progress()
         progress, parameters, moments = load_checkpoint(last, catalogue_fingerprint=self.dataset.manifest["catalogue_fingerprint"])
         self.engine.load(parameters, moments, progress.step)
-        self._say(f"train: resuming from {last}")
+        self._write("note", text=f"resuming from {last}")
         return progress
 
-    def _say(self, line: str) -> None:
+    def _write(self, kind: str, **values: object) -> None:
         if self.rank == 0:
-            say(line)
+            self.metrics_file.write(kind, **values)
 
     def _batches(self) -> Iterator[TrainingBatch]:
         options = self.config.batch
@@ -127,7 +126,7 @@ class _Worker:
             if stop:
                 break
             waited_from = time.perf_counter()
-        self._say(f"train: ended after {self.progress.step:,} steps: {stop}")
+        self._write("note", text=f"ended after {self.progress.step:,} steps: {stop}")
         return stop
 
     def _step(self, batch: TrainingBatch) -> tuple[torch.Tensor, int, int, int]:
@@ -152,20 +151,16 @@ class _Worker:
                 "lower the rate, or resume from the last checkpoint"
             )
         self.progress = replace(self.progress, seconds=self.progress.seconds + window.seconds)
-        rate = num_targets / window.seconds
-        facts = {
-            "step": step,
-            "epoch": self.progress.epoch,
-            "loss": loss,
-            "targets_per_s": rate,
-            "padded_per_real": padded / max(1.0, real),
-            "waiting_share": waiting_s / self.world_size / window.seconds,
-        }
-        if self.rank == 0:
-            self.metrics_file.write(kind="train", **facts)
-        self._say(
-            f"train: step {step:>6,}  epoch {self.progress.epoch:>3}  loss {loss:.4f}  {rate:,.0f} targets/s  "
-            f"recall@10 {max(self.progress.best_recall, 0):.4f}  at most {format_duration(self._time_left(window))} left"
+        self._write(
+            "train",
+            step=step,
+            epoch=self.progress.epoch,
+            loss=loss,
+            targets_per_s=num_targets / window.seconds,
+            padded_per_real=padded / max(1.0, real),
+            waiting_share=waiting_s / self.world_size / window.seconds,
+            seconds_left=self._time_left(window),
+            **{"best_recall@10": max(self.progress.best_recall, 0.0)},
         )
 
     def _time_left(self, window: "_Window") -> float:
@@ -213,17 +208,21 @@ class _Worker:
         moments = self.engine.optimizer_state()  # gathered from all ranks
         if self.rank == 0:
             save_checkpoint(
-                self.config.run_url,
+                self.config.run_dir,
                 progress=self.progress,
                 parameters=self.engine.parameters(),
                 moments=moments,
                 description={"model": self.shape, "catalogue_fingerprint": self.dataset.manifest["catalogue_fingerprint"], "validation": metrics},
                 is_best=is_best,
             )
-            self.metrics_file.write(kind="validation", step=self.progress.step, users=counts.users, **metrics)
-        self._say(
-            f"train: validation at step {self.progress.step:,}: recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics['ndcg@10']:.4f}  "
-            f"{'best so far' if is_best else f'best was {self.progress.best_recall:.4f}'}  ({counts.users:,} users, {time.perf_counter() - started:.1f} s)"
+        self._write(
+            "validation",
+            step=self.progress.step,
+            users=counts.users,
+            seconds=time.perf_counter() - started,
+            is_best=is_best,
+            **{"best_recall@10": self.progress.best_recall},
+            **metrics,
         )
         return {"step": self.progress.step, **metrics}
 
