@@ -26,7 +26,7 @@ class Engine:
         model: on its device; the same on every rank.
         device: where it computes.
         zero_stage: 0, 1 or 2.
-        learning_rate, weight_decay, epsilon: of AdamW.
+        learning_rate, weight_decay, epsilon: of AdamW. Biases and LayerNorm take no decay.
         decay_recurrence: let weight decay reach nu, theta and gamma, as the original does.
         clip_norm: bound on the global gradient norm.
 
@@ -50,9 +50,11 @@ class Engine:
             # Compiling this op takes a minute, and a killed build blocks every later start for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         named = list(model.named_parameters())
-        exempt = [] if decay_recurrence else [p for name, p in named if name.endswith(RECURRENCE)]
-        decayed = [p for name, p in named if decay_recurrence or not name.endswith(RECURRENCE)]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+        exempt_names = ("bias", "norm.weight", *(() if decay_recurrence else RECURRENCE))
+        groups = [
+            {"params": [p for name, p in named if not name.endswith(exempt_names)], "weight_decay": weight_decay},
+            {"params": [p for name, p in named if name.endswith(exempt_names)], "weight_decay": 0.0},
+        ]
         config = {
             "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches are cut by our data order
             "gradient_accumulation_steps": 1,
@@ -64,7 +66,7 @@ class Engine:
                 "params": {"lr": learning_rate, "eps": epsilon, "weight_decay": weight_decay, "torch_adam": True},
             },
         }
-        self._engine, *_ = deepspeed.initialize(model=model, model_parameters=[g for g in groups if g["params"]], config=config)
+        self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         self._named = named
         self._zero_stage = zero_stage
         self.model = model
