@@ -52,7 +52,9 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         _require(self.users >= 1, "synthetic.users", self.users, "needs at least 1")
         _require(self.items >= 16, "synthetic.items", self.items, "needs at least 16, or there is nothing to learn")
-        _require(self.mean_length >= 4, "synthetic.mean_length", self.mean_length, "needs at least 4, or few users can be evaluated")
+        _require(
+            self.mean_length >= 4, "synthetic.mean_length", self.mean_length, "needs at least 4, or few users can be evaluated"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

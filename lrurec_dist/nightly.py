@@ -14,7 +14,7 @@ import torch
 
 from lrurec_dist import __version__, storage
 from lrurec_dist.config import Config, differences, load_config, to_dict, to_yaml, with_absolute_paths
-from lrurec_dist.data.batches import configure_ray_data, pad_left, untrained_targets, training_lengths
+from lrurec_dist.data.batches import configure_ray_data, pad_left, training_lengths, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset, prepare_dataset
 from lrurec_dist.data.synthetic import write_synthetic_log
 from lrurec_dist.errors import BundleError, ConfigError, DataNotReadyError, LrurecError
@@ -88,9 +88,7 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
 def _open_run(config: Config) -> Status:
     url = storage.join(config.run_dir, "config.yaml")
     if storage.exists(url):
-        differing = [
-            line for line in differences(to_dict(load_config(url)), to_dict(config)) if not line.startswith(_MAY_CHANGE)
-        ]
+        differing = [line for line in differences(to_dict(load_config(url)), to_dict(config)) if not line.startswith(_MAY_CHANGE)]
         if differing:
             raise ConfigError(
                 f"run_dir={config.run_dir}: belongs to another configuration ({'; '.join(differing)}); choose another run_dir, or delete it"
@@ -161,7 +159,11 @@ def _prepare(config: Config, status: Status) -> None:
 def _train(config: Config, status: Status) -> None:
     dataset = _open_dataset(config)
     settings = {name: value for name, value in to_dict(config).items() if name in ("seed", "batch", "model", "loss", "evaluate")}
-    training = {name: value for name, value in to_dict(config)["train"].items() if f"train.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")}
+    training = {
+        name: value
+        for name, value in to_dict(config)["train"].items()
+        if f"train.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")
+    }
     inputs = storage.fingerprint({"dataset": _identity(dataset), **settings, "train": training})
     done = status.committed("train", inputs)
     if done and find_checkpoint(config.run_dir, "best"):
@@ -169,8 +171,13 @@ def _train(config: Config, status: Status) -> None:
         return
     if config.train.resume == "never":
         storage.remove_tree(storage.join(config.run_dir, "checkpoints"))
-    missed = sum(untrained_targets(training_lengths(dataset.read_shard(name).lengths), config.batch.max_length) for name in dataset.shard_names)
-    say(f"train: {missed:,} of {dataset.manifest['interactions']:,} interactions lie before every window of {config.batch.max_length} and are no targets")
+    missed = sum(
+        untrained_targets(training_lengths(dataset.read_shard(name).lengths), config.batch.max_length)
+        for name in dataset.shard_names
+    )
+    say(
+        f"train: {missed:,} of {dataset.manifest['interactions']:,} interactions lie before every window of {config.batch.max_length} and are no targets"
+    )
     launch_training(config)
     best = find_checkpoint(config.run_dir, "best")
     if best is None:
@@ -194,7 +201,9 @@ def _best_checkpoint(config: Config, dataset: SequenceDataset) -> tuple[str, dic
         raise DataNotReadyError(f"{config.run_dir} has no checkpoint; run jobs/train.py first")
     manifest = read_checkpoint_manifest(best)
     if manifest["catalogue_fingerprint"] != dataset.manifest["catalogue_fingerprint"]:
-        raise ConfigError(f"{best} was trained on catalogue {manifest['catalogue_fingerprint']}, {dataset.url} has {dataset.manifest['catalogue_fingerprint']}")
+        raise ConfigError(
+            f"{best} was trained on catalogue {manifest['catalogue_fingerprint']}, {dataset.url} has {dataset.manifest['catalogue_fingerprint']}"
+        )
     return best, manifest
 
 
@@ -202,13 +211,24 @@ def _evaluate(config: Config, status: Status) -> None:
     dataset = _open_dataset(config)
     best, manifest = _best_checkpoint(config, dataset)
     options = config.evaluate
-    inputs = storage.fingerprint({"dataset": _identity(dataset), "checkpoint": manifest["files"], "evaluate": to_dict(config)["evaluate"], "max_length": config.batch.max_length})
+    inputs = storage.fingerprint(
+        {
+            "dataset": _identity(dataset),
+            "checkpoint": manifest["files"],
+            "evaluate": to_dict(config)["evaluate"],
+            "max_length": config.batch.max_length,
+        }
+    )
     outputs = status.committed("evaluate", inputs)
     if outputs:
         say(f"evaluate: skipped, {best} was evaluated on these inputs")
     else:
         protocol = RankingProtocol(
-            split="test", max_length=config.batch.max_length, batch_size=options.batch_size, exclude_history=options.exclude_history, deepest=max(options.ks)
+            split="test",
+            max_length=config.batch.max_length,
+            batch_size=options.batch_size,
+            exclude_history=options.exclude_history,
+            deepest=max(options.ks),
         )
         cuda = use_cuda(config.train.device)
         evaluation = evaluate_dataset(
@@ -241,7 +261,7 @@ def _bundle(config: Config, status: Status) -> None:
     best, manifest = _best_checkpoint(config, dataset)
     evaluation = status.stages["evaluate"]["outputs"]
     model = load_model(best)
-    largest = max(float(layer.decay().abs().max()) for layer in model.recurrent)
+    largest = max(float(layer.decay().abs().max()) for layer, _ in model.layers())
     golden = _golden_answers(dataset, model, config)
     url = save_bundle(
         config.registry_url,
@@ -262,7 +282,12 @@ def _bundle(config: Config, status: Status) -> None:
             "users": dataset.manifest["users"],
             "checkpoint": best,
             "step": manifest["progress"]["step"],
-            "libraries": {"lrurec_dist": __version__, "torch": torch.__version__, "ray": ray.__version__, "python": platform.python_version()},
+            "libraries": {
+                "lrurec_dist": __version__,
+                "torch": torch.__version__,
+                "ray": ray.__version__,
+                "python": platform.python_version(),
+            },
         },
     )
     try:
@@ -272,7 +297,9 @@ def _bundle(config: Config, status: Status) -> None:
         raise
     difference = recommender.check_golden()
     say(f"bundle: {url}")
-    say(f"bundle: verified; {len(golden.histories)} golden requests answered as by the trained model, largest score difference {difference:.1e}")
+    say(
+        f"bundle: verified; {len(golden.histories)} golden requests answered as by the trained model, largest score difference {difference:.1e}"
+    )
     for history in golden.histories[:3]:
         answers = ", ".join(f"{item.item_key} ({item.score:.2f})" for item in recommender.recommend(history, k=3))
         say(f"recommend: after {' → '.join(map(str, history[-3:]))}: {answers}")
@@ -285,7 +312,9 @@ def _golden_answers(dataset: SequenceDataset, model: Any, config: Config) -> Gol
     for name in dataset.shard_names:
         shard = dataset.read_shard(name)
         room = config.bundle.golden_requests - len(histories)
-        histories += [shard.item_ids[begin:end] for begin, end in zip(shard.offsets[:room], shard.offsets[1 : room + 1], strict=False)]
+        histories += [
+            shard.item_ids[begin:end] for begin, end in zip(shard.offsets[:room], shard.offsets[1 : room + 1], strict=False)
+        ]
     length = min(config.batch.max_length, max(map(len, histories)))
     item_ids = torch.from_numpy(pad_left([history[-length:] for history in histories], length))
     pairs = [(row, item) for row, history in enumerate(histories) for item in history.tolist() if config.evaluate.exclude_history]

@@ -34,7 +34,10 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
     cells = [list(header), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
-        "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
@@ -51,7 +54,9 @@ def _cell(value: object) -> str:
 def metrics_table(rows: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
     """A table per metric: one line per model, one column per k, from maps such as {"recall@10": 0.2}."""
     return "\n\n".join(
-        format_table([metric, *(f"@{k}" for k in ks)], [[model, *(values[f"{metric}@{k}"] for k in ks)] for model, values in rows.items()])
+        format_table(
+            [metric, *(f"@{k}" for k in ks)], [[model, *(values[f"{metric}@{k}"] for k in ks)] for model, values in rows.items()]
+        )
         for metric in ("recall", "ndcg", "mrr")
     )
 
@@ -92,7 +97,13 @@ class Status:
         self._write(result="failed", exit_code=exit_code_of(error), error=f"{type(error).__name__}: {error}")
 
     def _write(self, **facts: Any) -> None:
-        self._last = {**getattr(self, "_last", {}), **facts, "stages": self.stages, "started": self._started, "updated": time.time()}
+        self._last = {
+            **getattr(self, "_last", {}),
+            **facts,
+            "stages": self.stages,
+            "started": self._started,
+            "updated": time.time(),
+        }
         storage.write_json(self._url, self._last)
 
 

@@ -63,10 +63,7 @@ def expand(pattern: str) -> dict[str, str]:
     files and files that start with an underscore (`_SUCCESS`) are left out. No match: empty.
     """
     fs, path = filesystem(pattern)
-    if glob.has_magic(path):
-        roots = sorted(fs.glob(path))
-    else:
-        roots = [path] if fs.exists(path) else []
+    roots = sorted(fs.glob(path)) if glob.has_magic(path) else [path] * fs.exists(path)
     found = {}
     for root in roots:
         entries = [fs.info(root)] if fs.isfile(root) else fs.find(root, detail=True).values()

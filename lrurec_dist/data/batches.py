@@ -157,7 +157,9 @@ def iter_group_batches(
 ) -> Iterator[TrainingBatch]:
     """One rank's batches of one group of shards, in the epoch's order. Pure numpy, no Ray."""
     names = group_shards(dataset.shard_names, seed=seed, epoch=epoch, shards_mixed=shards_mixed)[group]
-    windows = TrainingWindows([dataset.read_shard(name) for name in names], max_length=max_length, first_item_is_target=first_item_is_target)
+    windows = TrainingWindows(
+        [dataset.read_shard(name) for name in names], max_length=max_length, first_item_is_target=first_item_is_target
+    )
     order = np.random.default_rng([seed, epoch, group]).permutation(len(windows))
     for batch, begin in enumerate(range(0, len(order), global_batch_size)):
         members = order[begin : begin + global_batch_size]
@@ -198,7 +200,11 @@ def iter_training_batches(
         world_size=world_size,
     )
     while True:
-        addresses = [{"epoch": epoch, "group": group} for epoch in range(first_epoch, first_epoch + EPOCHS_PER_EXECUTION) for group in range(groups)]
+        addresses = [
+            {"epoch": epoch, "group": group}
+            for epoch in range(first_epoch, first_epoch + EPOCHS_PER_EXECUTION)
+            for group in range(groups)
+        ]
         plan = ray.data.from_items(addresses, override_num_blocks=len(addresses))
         batches = plan.map_batches(make, batch_format="pyarrow", batch_size=1, concurrency=1, num_cpus=FEED_CPUS)
         for row in batches.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4):
@@ -260,7 +266,9 @@ def _cached_dataset(url: str) -> SequenceDataset:
 
 def _to_batch(row: pa.Table) -> TrainingBatch:
     length = row["length"][0].as_py()
-    item_ids, targets = (row[name].combine_chunks().flatten().to_numpy().reshape(-1, length).astype(np.int64) for name in ("item_ids", "targets"))
+    item_ids, targets = (
+        row[name].combine_chunks().flatten().to_numpy().reshape(-1, length).astype(np.int64) for name in ("item_ids", "targets")
+    )
     return TrainingBatch(item_ids, targets, row["num_targets"][0].as_py(), row["epoch"][0].as_py(), row["batch"][0].as_py())
 
 

@@ -70,7 +70,9 @@ def build_catalogue(items: pa.Table, parent: Catalogue | None = None) -> Catalog
         CatalogueError: the parent's keys are of another type.
     """
     if parent is not None and parent.keys.type != items["item_key"].type:
-        raise CatalogueError(f"the parent catalogue has {parent.keys.type} keys, the log {items['item_key'].type}; prepare without dataset.parent")
+        raise CatalogueError(
+            f"the parent catalogue has {parent.keys.type} keys, the log {items['item_key'].type}; prepare without dataset.parent"
+        )
     new = items.filter(pc.equal(pa.array((parent or _empty(items)).ids_of(items["item_key"])), 0))
     new = new.sort_by([("first_seen", "ascending"), ("item_key", "ascending")])
     first_id = parent.num_items + 1 if parent else 1
@@ -109,5 +111,7 @@ def load_catalogue(url: str) -> Catalogue:
     """
     table = pa.concat_tables(storage.read_table(file) for file in storage.expand(url)).combine_chunks()
     if not np.array_equal(table["item_id"].to_numpy(), np.arange(1, table.num_rows + 1)):
-        raise CatalogueError(f"{url}: item ids are not 1..{table.num_rows:,} in order; the catalogue was written by something else")
+        raise CatalogueError(
+            f"{url}: item ids are not 1..{table.num_rows:,} in order; the catalogue was written by something else"
+        )
     return Catalogue(table)

@@ -44,7 +44,9 @@ def resolve_log(path: str, log_format: str) -> tuple[dict[str, str], str]:
     return files, kinds.pop()
 
 
-def read_events(files: Sequence[str], *, log_format: str, user_column: str, item_column: str, timestamp_column: str, timestamp_unit: str) -> ray.data.Dataset:
+def read_events(
+    files: Sequence[str], *, log_format: str, user_column: str, item_column: str, timestamp_column: str, timestamp_unit: str
+) -> ray.data.Dataset:
     """The rows of a log as events.
 
     Columns: `user_key` and `item_key` (int64 or large_string), `timestamp` int64 (microseconds
@@ -65,7 +67,9 @@ def read_events(files: Sequence[str], *, log_format: str, user_column: str, item
     if log_format == "parquet":
         dataset = ray.data.read_parquet(paths, columns=columns, filesystem=filesystem)
     else:
-        as_text = pa.csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=True)
+        as_text = pa.csv.ConvertOptions(
+            include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=True
+        )
         dataset = ray.data.read_csv(paths, filesystem=filesystem, convert_options=as_text, file_extensions=None)
     normalise = functools.partial(normalise_block, columns=columns, timestamp_unit=timestamp_unit)
     return dataset.map_batches(normalise, batch_format="pyarrow", batch_size=None)
@@ -136,7 +140,9 @@ def _timestamps(column: pa.Array, name: str, unit: str) -> tuple[pa.Array, pa.Ar
         return _parse_text(column, unit)
     if pa.types.is_integer(kind) or pa.types.is_null(kind):
         return _scale(column.cast(pa.int64(), safe=False), unit)
-    raise DataQualityError(f"column {name} is {kind}; a time is an integer with a unit, an Arrow timestamp, or text that spells one of them")
+    raise DataQualityError(
+        f"column {name} is {kind}; a time is an integer with a unit, an Arrow timestamp, or text that spells one of them"
+    )
 
 
 def _scale(values: pa.Array, unit: str) -> tuple[pa.Array, pa.Array]:
@@ -172,7 +178,10 @@ def summarise_items(events: ray.data.Dataset) -> tuple[pa.Table, dict[str, int]]
         DataQualityError: a block could not be normalised (two files disagree about a column).
     """
     try:
-        parts = [pa.table(block) for block in ray.get(events.map_batches(_summarise_block, batch_format="pyarrow", batch_size=None).to_arrow_refs())]
+        parts = [
+            pa.table(block)
+            for block in ray.get(events.map_batches(_summarise_block, batch_format="pyarrow", batch_size=None).to_arrow_refs())
+        ]
     except RayTaskError as error:
         if isinstance(error.cause, DataQualityError):
             raise error.cause from None

@@ -47,7 +47,9 @@ class SequenceDataset:
         self.url = url
         self.manifest = storage.read_manifest(url, verify=verify)
         if self.manifest.get("schema_version") != SCHEMA_VERSION:
-            raise DataQualityError(f"{url}: schema_version={self.manifest.get('schema_version')}, this code reads {SCHEMA_VERSION}; prepare it again")
+            raise DataQualityError(
+                f"{url}: schema_version={self.manifest.get('schema_version')}, this code reads {SCHEMA_VERSION}; prepare it again"
+            )
 
     @property
     def num_items(self) -> int:
@@ -64,7 +66,9 @@ class SequenceDataset:
         """The item catalogue of this dataset."""
         catalogue = load_catalogue(storage.join(self.url, "catalogue"))
         if catalogue.fingerprint != self.manifest["catalogue_fingerprint"]:
-            raise CatalogueError(f"{self.url}: catalogue {catalogue.fingerprint}, but the manifest names {self.manifest['catalogue_fingerprint']}")
+            raise CatalogueError(
+                f"{self.url}: catalogue {catalogue.fingerprint}, but the manifest names {self.manifest['catalogue_fingerprint']}"
+            )
         return catalogue
 
     def read_shard(self, name: str) -> SequenceShard:
@@ -120,12 +124,19 @@ def prepare_dataset(
         dataset = SequenceDataset(url, verify=True)
         differing = sorted(name for name in inputs if dataset.manifest["inputs"].get(name) != inputs[name])
         if differing:
-            raise ConfigError(f"dataset.dir={url}: holds a dataset prepared with other {', '.join(differing)}; choose another dataset.dir or run_dir, or delete it")
+            raise ConfigError(
+                f"dataset.dir={url}: holds a dataset prepared with other {', '.join(differing)}; choose another dataset.dir or run_dir, or delete it"
+            )
         return dataset, True
     storage.remove_tree(url)  # what an interrupted preparation left
 
     events = read_events(
-        list(files), log_format=log_format, user_column=user_column, item_column=item_column, timestamp_column=timestamp_column, timestamp_unit=timestamp_unit
+        list(files),
+        log_format=log_format,
+        user_column=user_column,
+        item_column=item_column,
+        timestamp_column=timestamp_column,
+        timestamp_unit=timestamp_unit,
     ).materialize()
     items, rejected = summarise_items(events)
     interactions = int(pc.sum(items["count"]).as_py() or 0)
@@ -135,7 +146,9 @@ def prepare_dataset(
     written = write_sequences(events, url, shards)
     lengths = np.repeat(written["length"].to_numpy(), written["users"].to_numpy())
     if int(lengths.sum()) != interactions:
-        raise DataQualityError(f"{url}: {interactions:,} interactions read but {int(lengths.sum()):,} written; this is a bug, please report it")
+        raise DataQualityError(
+            f"{url}: {interactions:,} interactions read but {int(lengths.sum()):,} written; this is a bug, please report it"
+        )
     description = {
         "schema_version": SCHEMA_VERSION,
         "inputs": inputs,
@@ -153,7 +166,13 @@ def prepare_dataset(
         "catalogue_fingerprint": catalogue.fingerprint,
         "time_range": [pc.min(items["first_seen"]).as_py(), pc.max(items["last_seen"]).as_py()],
     }
-    known = dict(zip(written["file"].to_pylist(), ({"bytes": b, "sha256": s} for b, s in zip(written["bytes"].to_pylist(), written["sha256"].to_pylist(), strict=True)), strict=True))
+    known = dict(
+        zip(
+            written["file"].to_pylist(),
+            ({"bytes": b, "sha256": s} for b, s in zip(written["bytes"].to_pylist(), written["sha256"].to_pylist(), strict=True)),
+            strict=True,
+        )
+    )
     storage.commit(url, description, known)
     return SequenceDataset(url), False
 
@@ -179,8 +198,14 @@ def write_sequences(events: ray.data.Dataset, url: str, shards: int) -> pa.Table
     Returns:
         A table (file, bytes, sha256, length, users): how many users of each file have each length.
     """
-    keyed = events.map_batches(functools.partial(_assign_ids_and_shards, catalogue_url=storage.join(url, "catalogue"), shards=shards), batch_format="pyarrow", batch_size=None)
-    grouped = keyed.groupby("shard", num_partitions=shards).map_groups(functools.partial(_write_shard, url=url), batch_format="pyarrow")
+    keyed = events.map_batches(
+        functools.partial(_assign_ids_and_shards, catalogue_url=storage.join(url, "catalogue"), shards=shards),
+        batch_format="pyarrow",
+        batch_size=None,
+    )
+    grouped = keyed.groupby("shard", num_partitions=shards).map_groups(
+        functools.partial(_write_shard, url=url), batch_format="pyarrow"
+    )
     return pa.concat_tables(ray.get(grouped.to_arrow_refs()), promote_options="permissive").combine_chunks()
 
 
@@ -206,7 +231,9 @@ def shard_of(user_keys: pa.Array | pa.ChunkedArray, shards: int) -> np.ndarray:
     encoded = user_keys.dictionary_encode()
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     keys = (str(key).encode() for key in encoded.dictionary.to_pylist())
-    hashes = np.array([int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % shards for key in keys], dtype=np.int32)
+    hashes = np.array(
+        [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % shards for key in keys], dtype=np.int32
+    )
     return hashes[encoded.indices.to_numpy()]
 
 

@@ -1,5 +1,6 @@
 """Evaluation of whole datasets: every evaluable user once, on any number of workers."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -44,10 +45,13 @@ def rank_shard(model: Encoder, shard: SequenceShard, protocol: RankingProtocol) 
     """Count the target ranks of every evaluable user in a shard."""
     counts = RankCounts(protocol.deepest)
     weight, bias = model.table.weight, model.table.bias
-    for batch in iter_evaluation_batches(shard, split=protocol.split, max_length=protocol.max_length, batch_size=protocol.batch_size):
+    for batch in iter_evaluation_batches(
+        shard, split=protocol.split, max_length=protocol.max_length, batch_size=protocol.batch_size
+    ):
         pairs = slice(None) if protocol.exclude_history else slice(0)
         item_ids, targets, rows, ids = (
-            torch.from_numpy(values).to(weight.device) for values in (batch.item_ids, batch.targets, batch.history_rows[pairs], batch.history_ids[pairs])
+            torch.from_numpy(values).to(weight.device)
+            for values in (batch.item_ids, batch.targets, batch.history_rows[pairs], batch.history_ids[pairs])
         )
         counts.add(target_ranks(model.encode(item_ids), weight, bias, targets, rows, ids))
     return counts
@@ -77,7 +81,15 @@ class Evaluation:
         return self.model.users
 
 
-def evaluate_dataset(url: str, load_model: Callable[[], Any], protocol: RankingProtocol, *, workers: int, cpus_per_worker: float, gpus_per_worker: float = 0) -> Evaluation:
+def evaluate_dataset(
+    url: str,
+    load_model: Callable[[], Any],
+    protocol: RankingProtocol,
+    *,
+    workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float = 0,
+) -> Evaluation:
     """Rank every evaluable user's target over the full catalogue, on Ray workers.
 
     Args:
@@ -93,10 +105,13 @@ def evaluate_dataset(url: str, load_model: Callable[[], Any], protocol: RankingP
     dataset = SequenceDataset(url)
     expected = int(dataset.manifest["users_evaluable"])
     if expected == 0:
-        raise DataQualityError(f"{url}: none of {dataset.manifest['users']:,} users has 3 interactions; leave-last-out evaluates nobody")
+        raise DataQualityError(
+            f"{url}: none of {dataset.manifest['users']:,} users has 3 interactions; leave-last-out evaluates nobody"
+        )
     configure_ray_data()
     shards = ray.data.from_items([{"shard": name} for name in dataset.shard_names], override_num_blocks=len(dataset.shard_names))
-    partial = shards.map_batches(_count_shard, fn_kwargs={"url": url}, batch_size=1, batch_format="pyarrow", num_cpus=cpus_per_worker)
+    count = functools.partial(_count_shard, url=url)
+    partial = shards.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=cpus_per_worker)
     popularity = np.sum([np.asarray(row["counts"]) for row in partial.take_all()], axis=0)
     ranked = shards.map_batches(
         _ShardRanker,
@@ -135,7 +150,9 @@ class _ShardRanker:
         for name in names["shard"].to_pylist():
             shard = self._dataset.read_shard(name)
             unseen = 0
-            for batch in iter_evaluation_batches(shard, split=self._protocol.split, max_length=1, batch_size=self._protocol.batch_size):
+            for batch in iter_evaluation_batches(
+                shard, split=self._protocol.split, max_length=1, batch_size=self._protocol.batch_size
+            ):
                 unseen += int((self._popularity.table.weight[torch.from_numpy(batch.targets)] == 0).sum())
             rows.append(
                 {

@@ -37,7 +37,7 @@ class RankCounts:
         hits = self.counts[1:-1].tolist()
         if max(ks) > len(hits):
             raise ValueError(f"k={max(ks)} exceeds the deepest counted rank {len(hits)}")
-        values = {}
+        values: dict[str, float] = {}
         for k in ks:
             ranked = list(enumerate(hits[:k], start=1))
             sums = {

@@ -11,7 +11,9 @@ from lrurec_dist.errors import LrurecError
 TILE_ELEMENTS = 1 << 23  # scores held at a time
 
 
-def _score_tiles(vectors: Tensor, weight: Tensor, bias: Tensor, excluded_rows: Tensor, excluded_ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _score_tiles(
+    vectors: Tensor, weight: Tensor, bias: Tensor, excluded_rows: Tensor, excluded_ids: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows, scores (rows, num_items + 1)) with -inf for padding and for excluded items."""
     step = max(1, TILE_ELEMENTS // weight.shape[0])
     for begin in range(0, vectors.shape[0], step):
@@ -23,7 +25,9 @@ def _score_tiles(vectors: Tensor, weight: Tensor, bias: Tensor, excluded_rows: T
         yield rows, scores
 
 
-def target_ranks(vectors: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, excluded_rows: Tensor, excluded_ids: Tensor) -> Tensor:
+def target_ranks(
+    vectors: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, excluded_rows: Tensor, excluded_ids: Tensor
+) -> Tensor:
     """Rank of each target among all items that are candidates for its user.
 
     Args:
@@ -56,7 +60,9 @@ def target_ranks(vectors: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
     return ranks
 
 
-def top_k(vectors: Tensor, weight: Tensor, bias: Tensor, k: int, excluded_rows: Tensor, excluded_ids: Tensor) -> tuple[Tensor, Tensor]:
+def top_k(
+    vectors: Tensor, weight: Tensor, bias: Tensor, k: int, excluded_rows: Tensor, excluded_ids: Tensor
+) -> tuple[Tensor, Tensor]:
     """The k best candidates of each user, ordered by (-score, item_id).
 
     Args:

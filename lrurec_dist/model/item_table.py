@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 class ItemTable(nn.Module):
     """Rows of the item catalogue, replicated on every rank.
 

@@ -10,7 +10,15 @@ TILE_ELEMENTS = 1 << 22  # scores held at a time: 16 MB of float32 stay in a las
 MIN_ROWS = 64  # below so many targets per tile the products starve; then items are tiled as well
 
 
-def softmax_loss(vectors: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *, include_padding_class: bool, tile_elements: int = TILE_ELEMENTS) -> tuple[Tensor, int]:
+def softmax_loss(
+    vectors: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    *,
+    include_padding_class: bool,
+    tile_elements: int = TILE_ELEMENTS,
+) -> tuple[Tensor, int]:
     """Sum of cross entropies of the targets against every item, and how many there are.
 
     Args:
@@ -30,7 +38,9 @@ def softmax_loss(vectors: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
     the gradients.
     """
     if targets.numel() and (int(targets.min()) <= PAD_ID or int(targets.max()) >= weight.shape[0]):
-        raise LrurecError(f"targets run from {int(targets.min())} to {int(targets.max())}; the catalogue from 1 to {weight.shape[0] - 1}")
+        raise LrurecError(
+            f"targets run from {int(targets.min())} to {int(targets.max())}; the catalogue from 1 to {weight.shape[0] - 1}"
+        )
     first_class = PAD_ID if include_padding_class else PAD_ID + 1
     total: Tensor = _StreamedSoftmax.apply(vectors, weight, bias, targets, first_class, tile_elements)
     return total, targets.numel()
@@ -40,7 +50,7 @@ class _StreamedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vectors, weight, bias, targets, first_class, tile_elements):  # type: ignore[no-untyped-def]
         with_gradient = any(ctx.needs_input_grad[:3])
-        grad_vectors, grad_weight, grad_bias = (torch.zeros_like(tensor) if with_gradient else None for tensor in (vectors, weight, bias))
+        grad_vectors, grad_weight, grad_bias = (torch.zeros_like(x) if with_gradient else x for x in (vectors, weight, bias))
         num_rows, num_classes = targets.numel(), weight.shape[0]
         rows = min(max(MIN_ROWS, tile_elements // num_classes), max(1, num_rows))
         columns = max(1, tile_elements // rows)
@@ -76,5 +86,8 @@ class _StreamedSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
-        gradients = tuple(gradient * grad_total if needed else None for gradient, needed in zip(ctx.gradients, ctx.needs_input_grad[:3], strict=True))
+        gradients = tuple(
+            gradient * grad_total if needed else None
+            for gradient, needed in zip(ctx.gradients, ctx.needs_input_grad[:3], strict=True)
+        )
         return (*gradients, None, None, None)

@@ -76,7 +76,9 @@ class LRURec(nn.Module):
     original, all but LayerNorm and the recurrence are truncated normal, std 0.02 within +-0.04.
     """
 
-    def __init__(self, *, num_items: int, dim: int, hidden: int, blocks: int, dropout: float, ring: tuple[float, float] = (0.8, 0.99)) -> None:
+    def __init__(
+        self, *, num_items: int, dim: int, hidden: int, blocks: int, dropout: float, ring: tuple[float, float] = (0.8, 0.99)
+    ) -> None:
         super().__init__()
         self.hidden = hidden
         self.table = ItemTable(num_items, dim)
@@ -107,12 +109,16 @@ class LRURec(nn.Module):
         kept_ids = item_ids.flatten()[positions]
         is_item = (kept_ids != PAD_ID).unsqueeze(1)
         x = self.norm(self.dropout(self.table(kept_ids)))
-        for recurrent, feed_forward in zip(self.recurrent, self.feed_forward, strict=True):
+        for recurrent, feed_forward in self.layers():
             drive = recurrent.drive(x) * is_item
             inputs = drive.new_zeros(batch * length, self.hidden).index_copy(0, positions, drive)
             states = parallel_scan(recurrent.decay(), inputs.view(batch, length, self.hidden))
             x = feed_forward(recurrent.read(states.flatten(0, 1).index_select(0, positions), x))
         return x
+
+    def layers(self) -> "list[tuple[RecurrentLayer, FeedForward]]":
+        """The blocks, first to last."""
+        return list(zip(self.recurrent, self.feed_forward, strict=True))  # type: ignore[arg-type]
 
     def encode(self, item_ids: Tensor) -> Tensor:
         """(batch, dim): the user vector after the whole history item_ids (batch, length).
@@ -142,7 +148,7 @@ class LRURec(nn.Module):
         """
         x = self.norm(self.dropout(self.table(item_ids)))
         new_state = []
-        for layer, (recurrent, feed_forward) in enumerate(zip(self.recurrent, self.feed_forward, strict=True)):
+        for layer, (recurrent, feed_forward) in enumerate(self.layers()):
             new_state.append(recurrent.decay() * state[layer] + recurrent.drive(x))
             x = feed_forward(recurrent.read(new_state[-1], x))
         return x, torch.stack(new_state)

@@ -1,10 +1,10 @@
 """The bundle: everything serving needs in one immutable, verified directory that executes nothing.
 
-    manifest.json    schema version, every file's size and SHA-256, fingerprints
-    README.md        model card
-    config.json      arguments of the model, window length, whether histories are excluded
-    model.safetensors, catalogue/*.parquet, metrics.json, lineage.json
-    golden/          requests.jsonl, expected.safetensors: what the trained model answered
+manifest.json    schema version, every file's size and SHA-256, fingerprints
+README.md        model card
+config.json      arguments of the model, window length, whether histories are excluded
+model.safetensors, catalogue/*.parquet, metrics.json, lineage.json
+golden/          requests.jsonl, expected.safetensors: what the trained model answered
 """
 
 import json
@@ -72,7 +72,13 @@ def save_bundle(
     """
     weights = save({name: value.contiguous() for name, value in model.state_dict().items()})
     config = {"model": model_arguments, "max_length": max_length, "exclude_history": exclude_history}
-    identity = {"weights": storage.sha256(weights), "config": config, "catalogue": catalogue_fingerprint, "metrics": metrics, "lineage": lineage}
+    identity = {
+        "weights": storage.sha256(weights),
+        "config": config,
+        "catalogue": catalogue_fingerprint,
+        "metrics": metrics,
+        "lineage": lineage,
+    }
     version = f"{date}-{storage.fingerprint(identity)}"
     url = storage.join(registry_url, "versions", version)
     if storage.is_committed(url):
@@ -83,12 +89,24 @@ def save_bundle(
     storage.write_table(storage.join(url, "catalogue", "part-00000.parquet"), catalogue)
     storage.write_json(storage.join(url, "metrics.json"), metrics)
     storage.write_json(storage.join(url, "lineage.json"), lineage)
-    storage.write_bytes(storage.join(url, "golden", "requests.jsonl"), "".join(json.dumps({"history": h}) + "\n" for h in golden.histories).encode())
-    storage.write_bytes(storage.join(url, "golden", "expected.safetensors"), save({"item_ids": golden.item_ids, "scores": golden.scores}))
-    storage.write_bytes(storage.join(url, "README.md"), _model_card(version, config, catalogue.num_rows, metrics, lineage).encode())
+    storage.write_bytes(
+        storage.join(url, "golden", "requests.jsonl"),
+        "".join(json.dumps({"history": h}) + "\n" for h in golden.histories).encode(),
+    )
+    storage.write_bytes(
+        storage.join(url, "golden", "expected.safetensors"), save({"item_ids": golden.item_ids, "scores": golden.scores})
+    )
+    storage.write_bytes(
+        storage.join(url, "README.md"), _model_card(version, config, catalogue.num_rows, metrics, lineage).encode()
+    )
     storage.commit(
         url,
-        {"schema_version": SCHEMA_VERSION, "version": version, "num_items": catalogue.num_rows, "catalogue_fingerprint": catalogue_fingerprint},
+        {
+            "schema_version": SCHEMA_VERSION,
+            "version": version,
+            "num_items": catalogue.num_rows,
+            "catalogue_fingerprint": catalogue_fingerprint,
+        },
     )
     return url
 
@@ -102,7 +120,9 @@ def load_bundle(url: str) -> Bundle:
     """
     manifest = storage.read_manifest(url, error=BundleError)
     if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise BundleError(f"{url}: schema_version={manifest.get('schema_version')}, this code reads {SCHEMA_VERSION}; update the one that is older")
+        raise BundleError(
+            f"{url}: schema_version={manifest.get('schema_version')}, this code reads {SCHEMA_VERSION}; update the one that is older"
+        )
     try:
         config = storage.read_json(storage.join(url, "config.json"))
         model = LRURec(**{**config["model"], "dropout": 0.0})
@@ -121,7 +141,9 @@ def load_bundle(url: str) -> Bundle:
             manifest=manifest,
         )
     except (KeyError, TypeError, ValueError, RuntimeError, FileNotFoundError, pa.ArrowException, SafetensorError) as reason:
-        raise BundleError(f"{url}: contents do not fit together: {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}") from reason
+        raise BundleError(
+            f"{url}: contents do not fit together: {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
+        ) from reason
     if len(bundle.item_keys) != model.table.num_items:
         raise BundleError(f"{url}: {len(bundle.item_keys):,} catalogue items, but {model.table.num_items:,} item rows")
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):

@@ -93,7 +93,9 @@ class Recommender:
         try:
             asked = pa.array(history, type=keys.type)
         except (pa.ArrowInvalid, pa.ArrowTypeError):
-            raise LrurecError(f"history keys have to be {keys.type}, as in this bundle's catalogue; got {list(history)[:3]}") from None
+            raise LrurecError(
+                f"history keys have to be {keys.type}, as in this bundle's catalogue; got {list(history)[:3]}"
+            ) from None
         positions = pc.index_in(asked, value_set=keys).to_pylist()
         self.unknown_items += positions.count(None)
         return [position + 1 for position in positions if position is not None]

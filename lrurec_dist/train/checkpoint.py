@@ -42,7 +42,15 @@ def checkpoint_url(run_url: str, step: int) -> str:
     return storage.join(run_url, "checkpoints", f"step_{step:06d}")
 
 
-def save_checkpoint(run_url: str, *, progress: Progress, parameters: dict[str, Tensor], moments: dict[str, Tensor], description: dict[str, Any], is_best: bool) -> None:
+def save_checkpoint(
+    run_url: str,
+    *,
+    progress: Progress,
+    parameters: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    description: dict[str, Any],
+    is_best: bool,
+) -> None:
     """Commit a checkpoint, point the index at it, and delete what the index no longer names.
 
     Args:
@@ -85,7 +93,9 @@ def load_checkpoint(url: str, *, catalogue_fingerprint: str) -> tuple[Progress, 
     """
     manifest = read_checkpoint_manifest(url)
     if manifest["catalogue_fingerprint"] != catalogue_fingerprint:
-        raise CatalogueError(f"checkpoint {url} expects catalogue {manifest['catalogue_fingerprint']}, the dataset has {catalogue_fingerprint}; set train.resume=never or another run_dir")
+        raise CatalogueError(
+            f"checkpoint {url} expects catalogue {manifest['catalogue_fingerprint']}, the dataset has {catalogue_fingerprint}; set train.resume=never or another run_dir"
+        )
     return (
         Progress(**manifest["progress"]),
         load(storage.read_bytes(storage.join(url, "model.safetensors"))),

@@ -10,11 +10,11 @@ import logging
 import deepspeed
 import torch
 from deepspeed.utils import logger, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrurec_dist import collectives
 from lrurec_dist.errors import CheckpointError
-from lrurec_dist.model.lrurec import RECURRENCE
+from lrurec_dist.model.lrurec import RECURRENCE, LRURec
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -35,7 +35,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LRURec,
         *,
         device: torch.device,
         zero_stage: int,
@@ -98,7 +98,11 @@ class Engine:
         state = {}
         for name, parameter in self._named:
             for moment in _MOMENTS:
-                whole = self._inner.state[parameter][moment] if self._zero_stage == 0 else safe_get_full_optimizer_state(parameter, moment)
+                whole = (
+                    self._inner.state[parameter][moment]
+                    if self._zero_stage == 0
+                    else safe_get_full_optimizer_state(parameter, moment)
+                )
                 state[f"{moment}/{name}"] = whole.detach().cpu().clone()
         return state
 
@@ -112,7 +116,9 @@ class Engine:
         found = {name: tuple(p.shape) for name, p in parameters.items()}
         if expected != found:
             odd = sorted(set(expected.items()) ^ set(found.items()))[0]
-            raise CheckpointError(f"parameter {odd[0]} {odd[1]} is not in both checkpoint and model; model.* or the catalogue differ")
+            raise CheckpointError(
+                f"parameter {odd[0]} {odd[1]} is not in both checkpoint and model; model.* or the catalogue differ"
+            )
         for name, parameter in self._named:
             value = parameters[name].to(parameter.device)
             with torch.no_grad():
@@ -143,6 +149,9 @@ class Engine:
         """
         for group in self._inner.param_groups:
             for parameter in group["params"]:
-                self._inner.state[parameter] = {"step": torch.zeros(()), **{moment: torch.zeros_like(parameter) for moment in _MOMENTS}}
+                self._inner.state[parameter] = {
+                    "step": torch.zeros(()),
+                    **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+                }
         if self._zero_stage > 0:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()

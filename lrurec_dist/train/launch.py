@@ -58,7 +58,9 @@ def launch_training(config: Config) -> None:
 def _cause_of(error: BaseException) -> LrurecError:
     """The deliberate error of a worker if there is one, else the first failure in one line."""
     failures = getattr(error, "worker_failures", None) or {}
-    causes: list[tuple[int, BaseException]] = [(rank, getattr(failure, "cause", failure)) for rank, failure in sorted(failures.items())]
+    causes: list[tuple[int, BaseException]] = [
+        (rank, getattr(failure, "cause", failure)) for rank, failure in sorted(failures.items())
+    ]
     for rank, cause in causes:
         if isinstance(cause, LrurecError):
             return type(cause)(f"rank {rank}: {cause}")

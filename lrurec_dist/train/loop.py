@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from lrurec_dist.train.engine import Engine
+
 
 def train(config: Config, device: torch.device, report: Callable[[dict[str, float]], None]) -> str:
     """Train until early stopping or the end of the budget; the same call on every rank.
@@ -46,7 +48,7 @@ class _Worker:
         self.dataset = SequenceDataset(config.dataset_url)
         mine = self.dataset.shard_names[self.rank :: self.world_size]
         self.validation_shards = [self.dataset.read_shard(name) for name in mine]
-        self.shape = {
+        self.shape: dict[str, Any] = {
             "num_items": self.dataset.num_items,
             "dim": config.model.dim,
             "hidden": config.model.hidden,
@@ -73,7 +75,9 @@ class _Worker:
         last = find_checkpoint(self.config.run_dir, "last") if self.config.train.resume == "auto" else None
         if last is None:
             return Progress()
-        progress, parameters, moments = load_checkpoint(last, catalogue_fingerprint=self.dataset.manifest["catalogue_fingerprint"])
+        progress, parameters, moments = load_checkpoint(
+            last, catalogue_fingerprint=self.dataset.manifest["catalogue_fingerprint"]
+        )
         self.engine.load(parameters, moments, progress.step)
         self._write("note", text=f"resuming from {last}")
         return progress
@@ -138,7 +142,9 @@ class _Worker:
         keep = targets > 0
         vectors = self.engine(item_ids, keep)
         table = self.engine.model.table
-        loss_sum, num_targets = softmax_loss(vectors, table.weight, table.bias, targets[keep], include_padding_class=self.config.loss.include_padding_class)
+        loss_sum, num_targets = softmax_loss(
+            vectors, table.weight, table.bias, targets[keep], include_padding_class=self.config.loss.include_padding_class
+        )
         self.engine.step(loss_sum, batch.num_targets)
         return loss_sum.detach(), num_targets, int(keep.sum()), keep.numel()
 
@@ -212,7 +218,11 @@ class _Worker:
                 progress=self.progress,
                 parameters=self.engine.parameters(),
                 moments=moments,
-                description={"model": self.shape, "catalogue_fingerprint": self.dataset.manifest["catalogue_fingerprint"], "validation": metrics},
+                description={
+                    "model": self.shape,
+                    "catalogue_fingerprint": self.dataset.manifest["catalogue_fingerprint"],
+                    "validation": metrics,
+                },
                 is_best=is_best,
             )
         self._write(

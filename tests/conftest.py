@@ -1,0 +1,20 @@
+"""Shared fixtures. Ray is started once per module that asks for it: starting it costs seconds."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from lrurec_dist.data.batches import configure_ray_data
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """A Ray of this module's own, never one that happens to run on the machine."""
+    ray.init(address="local", num_cpus=3, logging_level="ERROR", log_to_driver=False)
+    configure_ray_data()
+    yield
+    ray.shutdown()

@@ -1,0 +1,51 @@
+"""Run a function on several real processes with a gloo group between them."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180) -> list[Any]:
+    """What `function(*args)` returns on each rank, in the order of ranks; any failure fails the caller."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = f"file://{Path(folder) / 'rendezvous'}"
+        ranks = [
+            context.Process(target=_entry, args=(rank, world_size, rendezvous, results, function, args))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            found = dict(results.get(timeout=timeout_s) for _ in ranks)
+        finally:
+            for process in ranks:
+                process.join(timeout=10)
+                process.kill()
+    failures = {rank: value for rank, (ok, value) in found.items() if not ok}
+    assert not failures, "\n".join(f"rank {rank}: {text}" for rank, text in failures.items())
+    return [found[rank][1] for rank in range(world_size)]
+
+
+def _entry(
+    rank: int, world_size: int, rendezvous: str, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    # DeepSpeed asks the environment even where the process group exists.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+        results.put((rank, (True, function(*args))))
+    except BaseException:
+        results.put((rank, (False, traceback.format_exc())))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,276 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lrurec_dist.config import Config, LogConfig, differences, from_dict, load_config, to_dict, to_yaml, with_absolute_paths
+from lrurec_dist.errors import ConfigError, DataNotReadyError
+
+CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+# Each setting differs from its default, one per type.
+OVERRIDES = [
+    "run_dir=s3://bucket/runs/a=b",
+    "log.timestamp_unit=ms",
+    "batch.first_item_is_target=false",
+    "train.learning_rate=2e-3",
+    "train.max_steps=700",
+    "evaluate.ks=[10,3]",
+]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def write_yaml(path: Path, text: str | bytes) -> str:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_there_are_config_files():
+    assert len(CONFIG_FILES) > 0
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
+def test_every_config_file_loads_and_each_of_its_settings_arrives(path):
+    stated = flatten(yaml.safe_load(path.read_text()))
+    effective = flatten(to_dict(load_config(str(path))))
+    assert stated
+    assert {key: effective[key] for key in stated} == stated
+
+
+def test_without_a_file_the_defaults_are_loaded():
+    assert load_config() == Config()
+
+
+def test_an_empty_file_states_no_differences(tmp_path):
+    assert load_config(write_yaml(tmp_path / "empty.yaml", "# nothing\n")) == Config()
+
+
+def test_an_override_wins_over_the_file_and_the_last_override_wins(tmp_path):
+    path = write_yaml(tmp_path / "a.yaml", "seed: 1\ntrain:\n  max_steps: 600\n")
+    config = load_config(path, ["seed=2", "seed=3"])
+    assert (config.seed, config.train.max_steps) == (3, 600)
+
+
+def test_overrides_take_the_type_of_their_setting():
+    config = load_config(overrides=OVERRIDES)
+    assert config.run_dir == "s3://bucket/runs/a=b"
+    assert config.log.timestamp_unit == "ms"
+    assert config.batch.first_item_is_target is False
+    assert config.train.learning_rate == 0.002
+    assert config.train.max_steps == 700
+    assert config.evaluate.ks == [10, 3]
+
+
+@pytest.mark.parametrize(
+    ("override", "unknown", "nearest"),
+    [
+        ("train.max_step=5", "train.max_step", "train.max_steps"),
+        ("max_steps=5", "max_steps", "train.max_steps"),
+        ("trian.max_steps=5", "trian", "train"),
+        ("batch.max_len=5", "batch.max_len", "batch.max_length"),
+        ("batch_size=5", "batch_size", "evaluate.batch_size"),
+        ("learning_rate=5", "learning_rate", "train.learning_rate"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest_known_one(override, unknown, nearest):
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides=[override])
+    assert str(error.value) == f"{unknown}: unknown setting; the nearest known one is {nearest}"
+
+
+def test_an_unknown_setting_in_a_file_is_an_error_too(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.dims: unknown setting; the nearest known one is model\.dim"):
+        load_config(write_yaml(tmp_path / "a.yaml", "model:\n  dims: 5\n"))
+
+
+@pytest.mark.parametrize(
+    ("override", "setting"),
+    [
+        ("train.max_steps=many", "train.max_steps"),
+        ("train.max_steps=1.5", "train.max_steps"),
+        ("train.max_steps=", "train.max_steps"),
+        ("batch.global_batch_size=true", "batch.global_batch_size"),
+        ("train.learning_rate=fast", "train.learning_rate"),
+        ("loss.include_padding_class=maybe", "loss.include_padding_class"),
+        ("train.resume=sometimes", "train.resume"),
+        ("train.device=tpu", "train.device"),
+        ("log.timestamp_unit=minutes", "log.timestamp_unit"),
+        ("evaluate.ks=7", "evaluate.ks"),
+        ("train=5", "train"),
+        ("train.max_steps.x=5", "train.max_steps"),
+        ("run_dir=${nowhere}", "run_dir"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides=[override])
+    assert str(error.value).startswith(f"{setting}:")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting", "rule", "way_out"),
+    [
+        (
+            ["train.max_steps=100"],
+            "train.validate_every=500",
+            "exceeds train.max_steps=100",
+            "set train.validate_every=100 or lower",
+        ),
+        (
+            ["train.workers=200"],
+            "batch.global_batch_size=128",
+            "is below train.workers=200",
+            "raise the batch or take fewer workers",
+        ),
+        (["train.zero_stage=3"], "train.zero_stage=3", "stage 3 needs a sharded table", "0, 1 or 2"),
+        (
+            ["model.ring_min=0.9", "model.ring_max=0.5"],
+            "model.ring_min, model.ring_max=(0.9, 0.5)",
+            "grows without bound",
+            "0 <= ring_min < ring_max < 1",
+        ),
+        (
+            ["model.ring_max=1.0"],
+            "model.ring_min, model.ring_max=(0.8, 1.0)",
+            "grows without bound",
+            "0 <= ring_min < ring_max < 1",
+        ),
+        (["evaluate.ks=[1,5]"], "evaluate.ks=[1, 5]", "recall@10 chooses the checkpoint", "has to contain 10"),
+        (
+            ["log.user_column=item_id"],
+            "log.*_column=['item_id', 'item_id', 'timestamp']",
+            "user, item and timestamp",
+            "three different columns",
+        ),
+        (["batch.max_length=1"], "batch.max_length=1", "next-item targets", "at least 2"),
+        (["synthetic.items=2"], "synthetic.items=2", "nothing to learn", "at least 16"),
+    ],
+)
+def test_an_impossible_combination_names_setting_rule_and_way_out(overrides, setting, rule, way_out):
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides=overrides)
+    message = str(error.value)
+    assert message.startswith(f"{setting}: ")
+    assert rule in message
+    assert way_out in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "log.max_rejected_share=1.01",
+        "log.max_rejected_share=-0.1",
+        "synthetic.users=0",
+        "synthetic.mean_length=3",
+        "dataset.shards=0",
+        "batch.global_batch_size=0",
+        "batch.shards_mixed=0",
+        "model.dim=0",
+        "model.hidden=0",
+        "model.blocks=0",
+        "model.dropout=1.0",
+        "model.dropout=-0.1",
+        "train.workers=0",
+        "train.report_every=0",
+        "train.patience=0",
+        "train.learning_rate=0.0",
+        "train.learning_rate=.nan",
+        "train.clip_norm=-1.0",
+        "train.weight_decay=-0.1",
+        "train.max_minutes=-1.0",
+        "evaluate.ks=[]",
+        "evaluate.ks=[0,10]",
+        "evaluate.batch_size=0",
+        "bundle.golden_requests=0",
+        "run_dir=''",
+    ],
+)
+def test_a_value_outside_its_range_names_its_setting(override):
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides=[override])
+    assert str(error.value).startswith(override.split("=")[0] + "=")
+
+
+@pytest.mark.parametrize("override", ["train.max_steps", "--seed=5", "=5", ""])
+def test_what_is_not_an_assignment_is_not_an_override(override):
+    with pytest.raises(ConfigError, match=r"is not an override; write key=value"):
+        load_config(overrides=[override])
+
+
+@pytest.mark.parametrize("override", ["train.max_steps=[", "run_dir={", "evaluate.ks.0=10"])
+def test_an_override_that_cannot_be_parsed_is_a_config_error(override):
+    with pytest.raises(ConfigError):
+        load_config(overrides=[override])
+
+
+def test_a_missing_file_is_not_ready(tmp_path):
+    with pytest.raises(DataNotReadyError, match=r"nowhere\.yaml does not exist"):
+        load_config(f"{tmp_path}/nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["train: [1", "a: b: c", "seed: 1\nseed: 2\n", "seed: !!python/object/apply:os.getpid []", "- seed\n- 5\n", b"\xff\xfe"],
+    ids=["open bracket", "two colons", "twice the same key", "code", "a list", "not UTF-8"],
+)
+def test_a_file_that_is_no_yaml_mapping_is_a_config_error_with_its_name(tmp_path, text):
+    path = write_yaml(tmp_path / "broken.yaml", text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("path", [None, *map(str, CONFIG_FILES)])
+def test_plain_values_and_yaml_give_the_same_configuration_back(path, tmp_path):
+    for config in (load_config(path), load_config(path, OVERRIDES)):
+        assert from_dict(to_dict(config)) == config
+        assert load_config(write_yaml(tmp_path / "effective.yaml", to_yaml(config))) == config
+
+
+def test_plain_values_are_a_copy():
+    config = Config()
+    to_dict(config)["evaluate"]["ks"].append(99)
+    assert config == Config()
+
+
+def test_equal_configurations_have_no_differences():
+    assert differences(to_dict(Config()), to_dict(Config())) == []
+
+
+def test_differences_name_each_setting_that_differs_and_no_other():
+    changed = differences(to_dict(Config()), to_dict(load_config(overrides=["seed=1", "evaluate.ks=[10]", "train.patience=3"])))
+    assert changed == ["evaluate.ks=[1, 5, 10, 20, 50] -> [10]", "seed=0 -> 1", "train.patience=10 -> 3"]
+
+
+def test_a_setting_only_one_side_knows_is_a_difference():
+    assert differences({"a": {"b": 1}}, {"a": {"c": 2}}) == ["a.b=1 -> unset", "a.c=unset -> 2"]
+
+
+def test_directories_follow_from_the_run_directory_unless_given():
+    config = load_config(overrides=["run_dir=/runs/a"])
+    assert (config.dataset_url, config.registry_url) == ("/runs/a/dataset", "/runs/a/registry")
+    config = load_config(overrides=["run_dir=/runs/a", "dataset.dir=/data", "bundle.registry=s3://bucket/registry"])
+    assert (config.dataset_url, config.registry_url) == ("/data", "s3://bucket/registry")
+
+
+def test_absolute_paths_touch_local_relative_paths_alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(overrides=["log.path=log.csv", "dataset.dir=s3://bucket/data", "bundle.registry=/registry", "seed=4"])
+    absolute = with_absolute_paths(config)
+    assert absolute.run_dir == f"{tmp_path}/runs/quickstart"
+    assert absolute.log.path == f"{tmp_path}/log.csv"
+    assert absolute.bundle.registry == "/registry"
+    assert absolute.dataset == config.dataset
+    assert absolute.seed == 4
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LogConfig().path = "elsewhere"  # type: ignore[misc]

@@ -1,0 +1,194 @@
+"""The jobs as a user runs them: real processes, real exit codes, real outputs."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lrurec_dist.data.synthetic import build_synthetic_log
+from lrurec_dist.serve.recommender import Recommender
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "synthetic.users=300",
+    "synthetic.items=100",
+    "dataset.shards=2",
+    "model.dim=16",
+    "model.hidden=16",
+    "train.max_steps=40",
+    "train.validate_every=20",
+    "train.report_every=20",
+    "train.learning_rate=0.01",
+)
+
+
+def run_job(name: str, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd="/", env=environment, check=False)
+
+
+def read_status(run: Path) -> dict[str, object]:
+    return dict(json.loads((run / "status.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One whole run of the main job, from the embedded default log to the bundle."""
+    run = tmp_path_factory.mktemp("job") / "run"
+    return run, run_job("train", f"run_dir={run}", *SMALL)
+
+
+def test_the_main_job_ends_with_metrics_bundle_and_recommendations(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    run, job = finished
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert re.search(r"^popularity +\d", job.stdout, re.M)
+    assert re.search(r"^LRURec, step \d+ +\d", job.stdout, re.M)
+    assert len(re.findall(r"^recommend: after ", job.stdout, re.M)) == 3
+    status = read_status(run)
+    assert (status["result"], status["exit_code"]) == ("done", 0)
+    bundle = re.search(r"^bundle: (/.+)$", job.stdout, re.M)
+    assert bundle is not None
+    assert status["bundle"] == bundle[1]
+    recommender = Recommender.load(bundle[1])
+    assert len(recommender.recommend(["item-00001"], k=5)) == 5
+    assert "synthetic" in (run / "config.yaml").read_text()
+    assert (run / "metrics.jsonl").read_text().count('"kind": "validation"') == 2
+
+
+def test_the_trained_model_beats_popularity_clearly(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, _ = finished
+    outputs = read_status(run)["stages"]["evaluate"]["outputs"]  # type: ignore[index]
+    assert outputs["users"] == 300
+    assert outputs["model"]["recall@10"] > 2 * outputs["popularity"]["recall@10"] > 0
+
+
+def test_a_second_run_skips_every_stage_and_says_so(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, first = finished
+    again = run_job("train", f"run_dir={run}", *SMALL)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [line.split(":")[0] for line in again.stdout.splitlines() if "skipped" in line] == ["prepare", "train", "evaluate"]
+    assert re.findall(r"^bundle: /.*", again.stdout, re.M) == re.findall(r"^bundle: /.*", first.stdout, re.M)
+
+
+def test_the_evaluation_job_prints_the_same_table_alone(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, first = finished
+    status = read_status(run)
+    del status["stages"]["evaluate"]  # type: ignore[attr-defined]
+    (run / "status.json").write_text(json.dumps(status))
+    job = run_job("evaluate", f"run_dir={run}", *SMALL, "train.workers=1")
+    assert job.returncode == 0, job.stdout + job.stderr
+    rows = re.findall(r"^(?:LRURec|popularity).*$", job.stdout, re.M)
+    assert rows == re.findall(r"^(?:LRURec|popularity).*$", first.stdout, re.M)
+
+
+def test_a_run_directory_of_another_configuration_is_refused(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, _ = finished
+    before = read_status(run)
+    job = run_job("train", f"run_dir={run}", *SMALL, "model.dropout=0.7")
+    assert job.returncode == 30
+    assert "model.dropout=0.1 -> 0.7" in job.stdout
+    assert "choose another run_dir" in job.stdout
+    assert read_status(run) == before, "the other run's truth is left alone"
+
+
+def test_the_preparation_job_reads_a_log_of_the_users_own(tmp_path: Path) -> None:
+    log = build_synthetic_log(users=50, items=20, mean_length=6, seed=1).rename_columns(["who", "what", "when"])
+    pq.write_table(log, tmp_path / "log.parquet")
+    run = tmp_path / "run"
+    columns = ["log.user_column=who", "log.item_column=what", "log.timestamp_column=when"]
+    job = run_job("prepare", f"run_dir={run}", f"log.path={tmp_path / 'log.parquet'}", *columns)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert re.search(rf"^interactions +{log.num_rows}$", job.stdout, re.M)
+    assert read_status(run)["result"] == "done"
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "code", "message"),
+    [
+        ("train", ["train.max_step=5"], 30, "the nearest known one is train.max_steps"),
+        ("train", ["/no/such/config.yaml"], 20, "/no/such/config.yaml does not exist"),
+        ("prepare", ["log.path=/no/such/log.parquet"], 20, "log.path=/no/such/log.parquet: no file there"),
+        ("prepare", ["log.path={log}", "log.item_column=itm"], 21, "log.item_column=itm"),
+        ("evaluate", [], 20, "run jobs/prepare.py first"),
+    ],
+)
+def test_a_bad_start_ends_with_one_clear_line_and_its_code(
+    tmp_path: Path, name: str, arguments: list[str], code: int, message: str
+) -> None:
+    log = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"user_id": [1], "item_id": [1], "timestamp": [1]}), log)
+    job = run_job(name, *(argument.format(log=log) for argument in arguments), f"run_dir={tmp_path / 'run'}")
+    assert job.returncode == code
+    assert message in job.stdout.splitlines()[-1]
+    assert "Traceback" not in job.stdout + job.stderr
+    if (tmp_path / "run" / "status.json").exists():
+        assert read_status(tmp_path / "run")["exit_code"] == code
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_job_submitted_to_a_cluster_leaves_its_bundle(tmp_path: Path) -> None:
+    gcs, dashboard = free_port(), free_port()
+    binary = str(Path(sys.executable).with_name("ray"))
+    environment = {
+        **{key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    temporary = Path("/tmp") / f"lr{os.getpid()}"  # Ray's sockets need a short path
+    start = [
+        binary,
+        "start",
+        "--head",
+        "--block",
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        "--num-cpus=3",
+        f"--temp-dir={temporary}",
+    ]
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(start, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while subprocess.run([binary, "job", "list"], env=environment, capture_output=True, check=False).returncode:
+            assert head.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < deadline, "the cluster's job server did not come up"
+        run = tmp_path / "run"
+        submit = [
+            binary,
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--",
+            sys.executable,
+            "jobs/train.py",
+            "configs/quickstart.yaml",
+            f"run_dir={run}",
+            *SMALL,
+        ]
+        job = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
+        assert "recommend: after" in job.stdout
+        status = read_status(run)
+        assert (status["result"], status["exit_code"]) == ("done", 0)
+        assert Recommender.load(str(status["bundle"])).num_items == 100
+    finally:
+        os.killpg(head.pid, 15)
+        head.wait(timeout=60)

@@ -1,0 +1,108 @@
+"""Training for real: Ray Train workers, DeepSpeed, Ray Data feed, checkpoints; losses compared run by run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrurec_dist.config import Config, load_config
+from lrurec_dist.errors import CatalogueError, DivergenceError
+from lrurec_dist.reporting import METRICS, MetricsFile
+from lrurec_dist.train.checkpoint import find_checkpoint, read_checkpoint_manifest
+from lrurec_dist.train.launch import launch_training
+from tests.datasets import chain_sequences, write_dataset
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+NUM_ITEMS = 25
+
+
+@pytest.fixture(scope="module")
+def dataset_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(str(tmp_path_factory.mktemp("launch")), chain_sequences(100, NUM_ITEMS), NUM_ITEMS, shards=4).url
+
+
+def configure(run: Path, dataset_url: str, *overrides: str) -> Config:
+    small = [
+        "model.dim=8",
+        "model.hidden=8",
+        "batch.global_batch_size=10",
+        "batch.max_length=8",
+        "batch.shards_mixed=3",
+        "model.dropout=0",
+    ]
+    budget = [
+        "train.max_steps=20",
+        "train.report_every=5",
+        "train.validate_every=10",
+        "train.learning_rate=0.01",
+        "train.threads_per_worker=1",
+    ]
+    return load_config(None, [f"run_dir={run}", f"dataset.dir={dataset_url}", *small, *budget, *overrides])
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in MetricsFile(str(run / METRICS)).read() if record["kind"] == kind]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records(run, "train")}
+
+
+def test_losses_and_metrics_are_independent_of_the_number_of_workers(tmp_path: Path, dataset_url: str) -> None:
+    for workers in (1, 2, 3):
+        launch_training(configure(tmp_path / str(workers), dataset_url, f"train.workers={workers}"))
+    alone = losses(tmp_path / "1")
+    assert sorted(alone) == [5, 10, 15, 20]
+    assert alone[20] < alone[5]
+    for workers in (2, 3):
+        assert losses(tmp_path / str(workers)) == pytest.approx(alone, rel=1e-5)
+    # the first batches of validation see weights that agree to rounding: ranks, and so metrics, are the same numbers
+    validations = [
+        [(r["step"], r["users"], r["recall@10"], r["ndcg@10"]) for r in records(tmp_path / str(w), "validation")]
+        for w in (1, 2, 3)
+    ]
+    assert len(validations[0]) == 2
+    assert validations[1] == pytest.approx(validations[0])
+    assert validations[2] == pytest.approx(validations[0])
+
+
+def test_a_continued_run_repeats_the_losses_of_an_uninterrupted_one(tmp_path: Path, dataset_url: str) -> None:
+    dropout = "model.dropout=0.3"  # masks have to repeat as well
+    launch_training(configure(tmp_path / "whole", dataset_url, dropout, "train.max_steps=35"))
+    # 20 steps end in the middle of an epoch: 10 batches each, in groups of 3 shards and 1
+    launch_training(configure(tmp_path / "cut", dataset_url, dropout, "train.max_steps=15"))
+    launch_training(configure(tmp_path / "cut", dataset_url, dropout, "train.max_steps=35"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert any("resuming from" in record["text"] for record in records(tmp_path / "cut", "note"))
+    ends = [read_checkpoint_manifest(str(find_checkpoint(str(tmp_path / name), "last"))) for name in ("whole", "cut")]
+    assert ends[0]["files"] == ends[1]["files"], "weights and moments are equal to the bit"
+
+
+def test_early_stopping_ends_training_and_keeps_the_best(tmp_path: Path, dataset_url: str) -> None:
+    # a rate this small changes no rank: the first validation stays the best
+    launch_training(
+        configure(
+            tmp_path,
+            dataset_url,
+            "train.learning_rate=1e-12",
+            "train.max_steps=100",
+            "train.validate_every=5",
+            "train.patience=2",
+        )
+    )
+    assert [record["is_best"] for record in records(tmp_path, "validation")] == [True, False, False]
+    assert "train.patience=2" in records(tmp_path, "note")[-1]["text"]
+    assert str(find_checkpoint(str(tmp_path), "best")).endswith("step_000005")
+    assert str(find_checkpoint(str(tmp_path), "last")).endswith("step_000015")
+
+
+def test_a_diverging_loss_is_named_with_step_and_rate(tmp_path: Path, dataset_url: str) -> None:
+    with pytest.raises(DivergenceError, match=r"loss is (nan|inf).*before step 5, train\.learning_rate=1e\+30"):
+        launch_training(configure(tmp_path, dataset_url, "train.learning_rate=1e30"))
+
+
+def test_a_checkpoint_of_another_catalogue_stops_training(tmp_path: Path, dataset_url: str) -> None:
+    launch_training(configure(tmp_path / "run", dataset_url, "train.max_steps=10"))
+    other = write_dataset(str(tmp_path / "other"), chain_sequences(60, 30), 30, shards=2)
+    with pytest.raises(CatalogueError, match=r"set train\.resume=never or another run_dir"):
+        launch_training(configure(tmp_path / "run", other.url, "train.max_steps=20"))
