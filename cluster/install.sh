@@ -105,7 +105,8 @@ install_cpu_torch() {
     if first=$(pip_install "$wanted" 2>&1); then
         return
     fi
-    pip_install --extra-index-url "$torch_index" "$wanted" || {
+    say "pip's own sources have no $wanted; asking $torch_index"
+    "$python" -m pip install -q --extra-index-url "$torch_index" "$wanted" || { # -q shows retries
         printf '%s\n' "$first" >&2
         die "$wanted could be had neither from pip's own sources nor from $torch_index." \
             "Ways out: pip's own setting PIP_FIND_LINKS=<directory with that wheel>; PYTHON=<an interpreter that has torch>;" \
@@ -133,12 +134,10 @@ fi
 lacking=$(missing)
 if [ -n "$lacking" ]; then
     "$python" -c 'import pip' 2>/dev/null || die "$place lacks packages, and pip to install them with:" "$lacking"
-    case $lacking in
-    *'torch: '*' is there'*)
-        [ "$place" = .venv ] || die "$place does not fit, and replacing torch there is not ours to do:" "$lacking" \
+    if [ "$place" != .venv ] && printf '%s\n' "$lacking" | grep -q '^torch: .* is there'; then
+        die "$place does not fit, and replacing torch there is not ours to do:" "$lacking" \
             "Update it, or leave PYTHON out for an environment in .venv"
-        ;;
-    esac
+    fi
     if [ "$lacking" = "lrurec-dist: not this checkout" ]; then
         say "adding this checkout to $place"
         isolation=--no-build-isolation
@@ -147,18 +146,18 @@ if [ -n "$lacking" ]; then
         pip_install --no-deps $isolation --editable .
     else
         build=
-        case $lacking in
-        *torch:*)
-            build=", PyPI's build of torch: several GB, minutes"
-            ! wants_cpu_torch || build=", CPU build of torch: about 1.7 GB on disk, 1 to 3 minutes"
-            ;;
-        esac
+        cpu_torch=
+        if printf '%s\n' "$lacking" | grep -q '^torch:'; then
+            build=", PyPI's build of torch: on Linux several GB and minutes"
+            if wants_cpu_torch; then
+                cpu_torch=yes
+                build=", CPU build of torch: about 1.7 GB on disk, 1 to 3 minutes"
+            fi
+        fi
         count=$(printf '%s\n' "$lacking" | wc -l | tr -d ' ')
         [ "$place" = .venv ] || say "lacking there: $(printf '%s\n' "$lacking" | sed -e 's/: missing, .*//' -e 's/: not this checkout//' | paste -s -d ';' - | sed 's/;/; /g')"
         say "installing into $place ($count to install$build) ..."
-        case $lacking in
-        *torch:*) ! wants_cpu_torch || install_cpu_torch ;;
-        esac
+        [ -z "$cpu_torch" ] || install_cpu_torch
         pip_install --editable ".${target:+[$target]}"
     fi
     lacking=$(missing)

@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from lrurec_dist.config import Config, differences, load_config, to_dict, to_yam
 from lrurec_dist.data.batches import configure_ray_data, pad_left, training_lengths, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset, prepare_dataset
 from lrurec_dist.data.synthetic import write_synthetic_log
-from lrurec_dist.errors import BundleError, ConfigError, DataNotReadyError, LrurecError
+from lrurec_dist.errors import EXIT_DONE, BundleError, ConfigError, DataNotReadyError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
 from lrurec_dist.evaluate.ranking import top_k
 from lrurec_dist.reporting import METRICS, MetricsFile, Status, exit_code_of, format_duration, format_table, metrics_table, say
@@ -62,7 +63,11 @@ def run_job(arguments: Sequence[str], *, stages: Sequence[Stage], description: s
     except LrurecError as error:
         say(f"{type(error).__name__}: {error}")
         return exit_code_of(error)
-    return 0
+    except Exception as error:  # the outermost boundary: what nobody foresaw keeps its traceback and gets its code
+        traceback.print_exc()
+        say(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
+        return exit_code_of(error)
+    return EXIT_DONE
 
 
 def run(config: Config, stages: Sequence[Stage]) -> None:
@@ -114,6 +119,11 @@ def _ray_session(config: Config) -> Iterator[None]:
     if not already:
         ray.init(**options)
     configure_ray_data()
+    if config.train.device == "cuda" and address == "local" and not use_cuda("auto"):
+        ray.shutdown()
+        raise ConfigError(
+            "train.device=cuda: this machine has no GPU that Ray can see; set train.device=cpu, or submit to a cluster"
+        )
     try:
         yield
     finally:

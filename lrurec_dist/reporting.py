@@ -72,6 +72,7 @@ class Status:
         self._url = storage.join(run_url, "status.json")
         before = storage.read_json(self._url) if storage.exists(self._url) else {}
         self.stages: dict[str, dict[str, Any]] = before.get("stages", {})
+        self._facts: dict[str, Any] = {}
         self._started = time.time()
 
     def running(self, stage: str) -> None:
@@ -97,14 +98,14 @@ class Status:
         self._write(result="failed", exit_code=exit_code_of(error), error=f"{type(error).__name__}: {error}")
 
     def _write(self, **facts: Any) -> None:
-        self._last = {
-            **getattr(self, "_last", {}),
+        self._facts = {
+            **self._facts,
             **facts,
             "stages": self.stages,
             "started": self._started,
             "updated": time.time(),
         }
-        storage.write_json(self._url, self._last)
+        storage.write_json(self._url, self._facts)
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -141,10 +142,13 @@ class MetricsFile:
             nonlocal seen
             while True:
                 last_round = closing.wait(poll_s)
-                records = self.read()
+                try:
+                    records = self.read()
+                except OSError:  # storage hiccup: the records stay where they are, the next round reads them
+                    records = []
                 for record in records[seen:]:
                     say(describe(record))
-                seen = len(records)
+                seen = max(seen, len(records))
                 if last_round:
                     return
 

@@ -1,7 +1,8 @@
 """From a log file to events: three typed columns, and a reason where a row cannot be used."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
 
 from lrurec_dist import storage
-from lrurec_dist.errors import DataNotReadyError, DataQualityError
+from lrurec_dist.errors import DataNotReadyError, DataQualityError, LrurecError
 
 # Integer timestamps become microseconds since 1970; positions stay what they are.
 MICROSECONDS_PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0.001, "position": 1}
@@ -167,6 +168,22 @@ def _parse_text(column: pa.Array, unit: str) -> tuple[pa.Array, pa.Array]:
     return timestamps, pc.and_(timestamps.is_null(), column.is_valid())
 
 
+@contextmanager
+def reading_errors() -> Iterator[None]:
+    """Turn what a reading task raised into the error it stands for: ours as it is, Arrow's as bad data."""
+    try:
+        yield
+    except RayError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, LrurecError):
+                raise cause from None
+            if isinstance(cause, pa.ArrowException | KeyError):
+                raise DataQualityError(f"the log cannot be read: {str(cause).splitlines()[0]}") from None
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        raise
+
+
 def summarise_items(events: ray.data.Dataset) -> tuple[pa.Table, dict[str, int]]:
     """One pass over the events: each item's count, first and last time; each reason's row count.
 
@@ -175,18 +192,10 @@ def summarise_items(events: ray.data.Dataset) -> tuple[pa.Table, dict[str, int]]
         to rejected rows.
 
     Raises:
-        DataQualityError: a block could not be normalised (two files disagree about a column).
+        DataQualityError: item keys are of several types.
     """
-    try:
-        parts = [
-            pa.table(block)
-            for block in ray.get(events.map_batches(_summarise_block, batch_format="pyarrow", batch_size=None).to_arrow_refs())
-        ]
-    except RayTaskError as error:
-        if isinstance(error.cause, DataQualityError):
-            raise error.cause from None
-        raise DataQualityError(f"the log cannot be read: {str(error.cause).splitlines()[0]}") from error
-    parts = [part for part in parts if part.num_rows]
+    summaries = events.map_batches(_summarise_block, batch_format="pyarrow", batch_size=None)
+    parts = [part for part in ray.get(summaries.to_arrow_refs()) if part.num_rows]
     types = {str(part.schema.field("item_key").type) for part in parts}
     if len(types) > 1:
         raise DataQualityError(f"item keys are {' in some files and '.join(sorted(types))} in others; store one type")

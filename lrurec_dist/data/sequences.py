@@ -14,7 +14,7 @@ import ray.data
 
 from lrurec_dist import storage
 from lrurec_dist.data.catalogue import Catalogue, build_catalogue, load_catalogue, save_catalogue
-from lrurec_dist.data.events import read_events, resolve_log, summarise_items
+from lrurec_dist.data.events import read_events, reading_errors, resolve_log, summarise_items
 from lrurec_dist.errors import CatalogueError, ConfigError, DataQualityError
 
 SCHEMA_VERSION = 1
@@ -130,20 +130,21 @@ def prepare_dataset(
         return dataset, True
     storage.remove_tree(url)  # what an interrupted preparation left
 
-    events = read_events(
-        list(files),
-        log_format=log_format,
-        user_column=user_column,
-        item_column=item_column,
-        timestamp_column=timestamp_column,
-        timestamp_unit=timestamp_unit,
-    ).materialize()
-    items, rejected = summarise_items(events)
+    with reading_errors():
+        events = read_events(
+            list(files),
+            log_format=log_format,
+            user_column=user_column,
+            item_column=item_column,
+            timestamp_column=timestamp_column,
+            timestamp_unit=timestamp_unit,
+        ).materialize()
+        items, rejected = summarise_items(events)
     interactions = int(pc.sum(items["count"]).as_py() or 0)
     _check_quality(log_path, interactions, rejected, max_rejected_share)
     catalogue = build_catalogue(items, parent_dataset.catalogue if parent_dataset else None)
     save_catalogue(catalogue, storage.join(url, "catalogue"))
-    written = write_sequences(events, url, shards)
+    written = write_sequences(events, url, catalogue.fingerprint, shards)
     lengths = np.repeat(written["length"].to_numpy(), written["users"].to_numpy())
     if int(lengths.sum()) != interactions:
         raise DataQualityError(
@@ -189,7 +190,7 @@ def _check_quality(log_path: str, interactions: int, rejected: dict[str, int], m
         )
 
 
-def write_sequences(events: ray.data.Dataset, url: str, shards: int) -> pa.Table:
+def write_sequences(events: ray.data.Dataset, url: str, catalogue_fingerprint: str, shards: int) -> pa.Table:
     """Write `sequences/*.parquet` below `url` from events and the catalogue that lies there.
 
     A user lies in shard hash(user_key) mod shards; events are ordered by (timestamp, item_id), so
@@ -198,11 +199,10 @@ def write_sequences(events: ray.data.Dataset, url: str, shards: int) -> pa.Table
     Returns:
         A table (file, bytes, sha256, length, users): how many users of each file have each length.
     """
-    keyed = events.map_batches(
-        functools.partial(_assign_ids_and_shards, catalogue_url=storage.join(url, "catalogue"), shards=shards),
-        batch_format="pyarrow",
-        batch_size=None,
+    assign = functools.partial(
+        _assign_ids_and_shards, catalogue_url=storage.join(url, "catalogue"), fingerprint=catalogue_fingerprint, shards=shards
     )
+    keyed = events.map_batches(assign, batch_format="pyarrow", batch_size=None)
     grouped = keyed.groupby("shard", num_partitions=shards).map_groups(
         functools.partial(_write_shard, url=url), batch_format="pyarrow"
     )
@@ -210,16 +210,22 @@ def write_sequences(events: ray.data.Dataset, url: str, shards: int) -> pa.Table
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_catalogue(url: str) -> Catalogue:
-    return load_catalogue(url)
+def _cached_catalogue(url: str, fingerprint: str) -> Catalogue:
+    """One catalogue per worker process; the fingerprint tells apart what was at `url` at two times."""
+    catalogue = load_catalogue(url)
+    if catalogue.fingerprint != fingerprint:
+        raise CatalogueError(
+            f"{url}: catalogue {catalogue.fingerprint}, expected {fingerprint}; is another job preparing this dataset?"
+        )
+    return catalogue
 
 
-def _assign_ids_and_shards(events: pa.Table, catalogue_url: str, shards: int) -> pa.Table:
+def _assign_ids_and_shards(events: pa.Table, catalogue_url: str, fingerprint: str, shards: int) -> pa.Table:
     usable = events.filter(events["reason"].is_null())
     return pa.table(
         {
             "user_key": usable["user_key"],
-            "item_id": pa.array(_cached_catalogue(catalogue_url).ids_of(usable["item_key"])),
+            "item_id": pa.array(_cached_catalogue(catalogue_url, fingerprint).ids_of(usable["item_key"])),
             "timestamp": usable["timestamp"],
             "shard": pa.array(shard_of(usable["user_key"], shards)),
         }

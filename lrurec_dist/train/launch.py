@@ -71,6 +71,8 @@ def _cause_of(error: BaseException) -> LrurecError:
 
 
 def _worker_entry(arguments: dict[str, Any]) -> None:
+    if not arguments["cuda"]:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported, or it takes a GPU it sees
     from lrurec_dist.train.loop import train  # DeepSpeed is a worker's business, not the driver's
 
     config = from_dict(arguments["config"])
