@@ -21,7 +21,7 @@ endif
 ifeq ($(strip $(PYTHON)),)
 python := .venv/bin/python
 ready := .venv/.ready-
-# An environment that was copied or moved points at the place it came from: look into it again.
+# An environment that was copied or moved still points at the place it came from.
 moved := $(shell [ "$$(cat .venv/.place 2>/dev/null)" = "$$(pwd -P)" ] || echo always)
 else
 python := $(PYTHON)

@@ -27,6 +27,16 @@ is_new_enough() { "$1" -c "import sys; sys.exit(sys.version_info < (3, ${oldest#
 
 makes_environments() { "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
 
+# Ray starts workers through a shell and does not quote the interpreter.
+check_path() {
+    case $1 in
+    *[[:space:]]*)
+        die "$1: Ray cannot start workers from an environment whose path contains a space." \
+            "Move the checkout, or give an environment elsewhere: PYTHON=/path/to/python"
+        ;;
+    esac
+}
+
 # The interpreter that .venv is made of.
 find_python() {
     without_venv=
@@ -67,7 +77,14 @@ lock_environment() {
     echo $$ >.venv/.installing/pid
 }
 
+remove_environment() { rm -rf .venv/bin .venv/lib .venv/lib64 .venv/include .venv/pyvenv.cfg .venv/.place .venv/.ready-*; }
+
 make_environment() {
+    made_at=$(cat .venv/.place 2>/dev/null || pwd -P)
+    if [ "$made_at" != "$(pwd -P)" ]; then
+        say ".venv was made in $made_at, and its scripts point there"
+        remove_environment
+    fi
     if "$python" -c 'import encodings' >/dev/null 2>&1; then
         is_new_enough "$python" || die ".venv has a Python older than $oldest; make clean, then try again"
         if "$python" -c 'import importlib.metadata as m; m.version("pip")' >/dev/null 2>&1; then
@@ -78,7 +95,7 @@ make_environment() {
     fi
     base=$(find_python)
     say "making .venv with $base"
-    rm -rf .venv/bin .venv/lib .venv/lib64 .venv/include .venv/pyvenv.cfg
+    remove_environment
     "$base" -m venv .venv || die "$base could not make .venv; see above. The way round: PYTHON=/path/to/python with an environment of your own"
 }
 
@@ -124,9 +141,11 @@ if [ -n "${2:-}" ]; then
     place="the environment of $2"
     "$python" -c '' 2>/dev/null || die "PYTHON=$2: does not run; give the path of an interpreter"
     is_new_enough "$python" || die "PYTHON=$2: is older than $oldest"
+    check_path "$("$python" -c 'import sys; print(sys.executable)')"
 else
     python=.venv/bin/python
     place=.venv
+    check_path "$(pwd -P)"
     lock_environment
     make_environment
 fi

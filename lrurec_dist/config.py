@@ -6,11 +6,12 @@ follows from others (DeepSpeed's JSON, directories) is derived where it is used.
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lrurec_dist import storage
@@ -139,7 +140,7 @@ class TrainConfig:
         for name in ("workers", "max_steps", "report_every", "validate_every", "patience"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "needs at least 1")
         for name in ("learning_rate", "epsilon", "clip_norm", "cpus_per_worker"):
-            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "has to be positive")
+            _require(0 < getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "has to be positive and finite")
         for name in ("weight_decay", "max_minutes", "threads_per_worker"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "cannot be negative")
         _require(self.zero_stage in (0, 1, 2), "train.zero_stage", self.zero_stage, "0, 1 or 2; stage 3 needs a sharded table")
@@ -195,6 +196,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "needs a directory or URL")
+        _require(self.seed >= 0, "seed", self.seed, "cannot be negative")
         _require(
             self.batch.global_batch_size >= self.train.workers,
             "batch.global_batch_size",
@@ -246,14 +248,24 @@ def load_config(path: str | None = None, overrides: list[str] | None = None) -> 
             text = storage.read_bytes(path).decode()
         except FileNotFoundError:
             raise DataNotReadyError(f"configuration {path} does not exist") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
         try:
             layers.append(OmegaConf.create(text))
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not YAML: {error}") from None
+        if not isinstance(layers[-1], DictConfig):
+            raise ConfigError(f"{path} holds a list; a configuration is a mapping of settings to values")
     for override in overrides or []:
         if "=" not in override or override.startswith(("-", "=")):
             raise ConfigError(f"{override!r} is not an override; write key=value, e.g. train.max_steps=200")
-    layers.append(OmegaConf.from_dotlist(list(overrides or [])))
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except yaml.YAMLError:
+            raise ConfigError(f"{override}: the value is not YAML; write key=value, lists as [1,5,10], text in quotes") from None
+        key = override.partition("=")[0]
+        if key in _SECTIONS:
+            raise ConfigError(f"{override}: {key} is a group of settings; set one of them, e.g. {_SECTIONS[key]}")
     try:
         merged = OmegaConf.merge(*layers)
         config = OmegaConf.to_object(merged)
@@ -261,9 +273,18 @@ def load_config(path: str | None = None, overrides: list[str] | None = None) -> 
         raise ConfigError(_unknown_key(str(error.full_key))) from None
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
-        raise ConfigError(f"{error.full_key}: {reason}; see lrurec_dist/config.py for what it takes") from None
+        raise ConfigError(f"{error.full_key or path}: {reason}; see lrurec_dist/config.py for what it takes") from None
+    except TypeError as error:
+        raise ConfigError(f"{path} {' '.join(overrides or [])}: {error}; a list is set whole, e.g. evaluate.ks=[10,20]") from None
     assert isinstance(config, Config)
     return config
+
+
+_SECTIONS = {
+    section.name: f"{section.name}.{dataclasses.fields(section.default_factory)[0].name}"  # type: ignore[arg-type]
+    for section in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(section.default_factory)
+}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -5,7 +5,6 @@
     ├── DataNotReadyError        20  an input does not exist (yet)
     ├── DataQualityError         21  an input exists and cannot be used
     ├── CatalogueError           21  item ids do not belong together
-    ├── StorageError             75  storage failed; the same command may succeed later
     ├── IntegrityError           70  committed files are missing or changed
     │   ├── CheckpointError      70
     │   └── BundleError          70
@@ -45,12 +44,6 @@ class CatalogueError(LrurecError):
     """Item ids of two artefacts come from different catalogues."""
 
     exit_code = 21
-
-
-class StorageError(LrurecError):
-    """The storage layer failed in a way that may pass."""
-
-    exit_code = 75
 
 
 class IntegrityError(LrurecError):

@@ -174,7 +174,7 @@ def _train(config: Config, status: Status) -> None:
         for name, value in to_dict(config)["train"].items()
         if f"train.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")
     }
-    inputs = storage.fingerprint({"dataset": _identity(dataset), **settings, "train": training})
+    inputs = storage.fingerprint({"dataset": dataset.identity, **settings, "train": training})
     done = status.committed("train", inputs)
     if done and find_checkpoint(config.run_dir, "best"):
         say(f"train: skipped, {done['best']} was trained on these inputs")
@@ -201,10 +201,6 @@ def _open_dataset(config: Config) -> SequenceDataset:
     return SequenceDataset(config.dataset_url)
 
 
-def _identity(dataset: SequenceDataset) -> str:
-    return storage.fingerprint(dataset.manifest["files"])
-
-
 def _best_checkpoint(config: Config, dataset: SequenceDataset) -> tuple[str, dict[str, Any]]:
     best = find_checkpoint(config.run_dir, "best")
     if best is None:
@@ -223,7 +219,7 @@ def _evaluate(config: Config, status: Status) -> None:
     options = config.evaluate
     inputs = storage.fingerprint(
         {
-            "dataset": _identity(dataset),
+            "dataset": dataset.identity,
             "checkpoint": manifest["files"],
             "evaluate": to_dict(config)["evaluate"],
             "max_length": config.batch.max_length,
@@ -287,7 +283,7 @@ def _bundle(config: Config, status: Status) -> None:
         lineage={
             "sources": dataset.manifest["inputs"]["sources"],
             "dataset": dataset.url,
-            "dataset_identity": _identity(dataset),
+            "dataset_identity": dataset.identity,
             "interactions": dataset.manifest["interactions"],
             "users": dataset.manifest["users"],
             "checkpoint": best,

@@ -59,16 +59,17 @@ def exists(url: str) -> bool:
 def expand(pattern: str) -> dict[str, str]:
     """Every data file behind a file, a directory or a glob, as a sorted map from URL to version.
 
-    The version is text that changes with the content: size with modification time or e-tag. Hidden
-    files and files that start with an underscore (`_SUCCESS`) are left out. No match: empty.
+    The version is text that changes with the content: size with modification time or e-tag. Names
+    that start with a dot or an underscore (`_SUCCESS`, `_temporary/…`) are left out. No match: empty.
     """
     fs, path = filesystem(pattern)
-    roots = sorted(fs.glob(path)) if glob.has_magic(path) else [path] * fs.exists(path)
+    roots = [path] if fs.exists(path) else sorted(fs.glob(path)) if glob.has_magic(path) else []
     found = {}
     for root in roots:
         entries = [fs.info(root)] if fs.isfile(root) else fs.find(root, detail=True).values()
         for entry in entries:
-            if not os.path.basename(entry["name"]).startswith((".", "_")):
+            below = entry["name"][len(root.rstrip("/")) :] or os.path.basename(root)
+            if not any(part.startswith((".", "_")) for part in below.split("/")):
                 changed = next((entry[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in entry), "")
                 found[_url_of(fs, entry["name"])] = f"{int(entry['size'])} bytes, {changed}"
     return dict(sorted(found.items()))
@@ -84,11 +85,16 @@ def write_bytes(url: str, data: bytes) -> None:
     fs.makedirs(fs._parent(path), exist_ok=True)
     if isinstance(fs, LocalFileSystem):
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+            raise
     else:
         fs.pipe_file(path, data)
 
@@ -135,6 +141,12 @@ def read_table(url: str, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(pa.BufferReader(read_bytes(url)), columns=columns)
 
 
+def list_files(url: str) -> list[str]:
+    """Paths of all files below a directory, relative to it; none if it is not there."""
+    fs, root = filesystem(url)
+    return sorted(path[len(root.rstrip("/")) + 1 :] for path in fs.find(root)) if fs.exists(root) else []
+
+
 def remove_tree(url: str) -> None:
     """Delete a directory and all it holds; nothing happens if it is not there."""
     fs, path = filesystem(url)
@@ -173,12 +185,12 @@ def commit(url: str, description: dict[str, Any], known: dict[str, dict[str, Any
     Returns:
         The manifest: `description` plus `files`, a map of relative path to size and SHA-256.
     """
-    fs, root = filesystem(url)
     files = dict(known or {})
-    for path, entry in sorted(fs.find(root, detail=True).items()):
-        relative = path[len(root.rstrip("/")) + 1 :]
+    for relative in list_files(url):
         if relative != MANIFEST and relative not in files:
-            files[relative] = {"bytes": int(entry["size"]), "sha256": file_sha256(_url_of(fs, path))}
+            file = join(url, relative)
+            fs, path = filesystem(file)
+            files[relative] = {"bytes": int(fs.size(path)), "sha256": file_sha256(file)}
     manifest = {**description, "files": files}
     write_json(join(url, MANIFEST), manifest)
     return manifest
@@ -213,10 +225,14 @@ def read_manifest(url: str, *, verify: bool = True, error: type[IntegrityError] 
     for relative, entry in files.items() if verify else ():
         if relative.startswith("/") or ".." in relative.split("/"):
             raise error(f"{join(url, MANIFEST)} names {relative!r}, which leaves the directory")
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
+            raise error(f"{join(url, MANIFEST)} lists {relative!r} without size and SHA-256")
         try:
             actual = file_sha256(join(url, relative))
         except FileNotFoundError:
             raise error(f"{join(url, relative)} is missing; its manifest lists {entry['bytes']:,} bytes") from None
+        except IsADirectoryError:
+            raise error(f"{join(url, relative)} is a directory; its manifest lists a file") from None
         if actual != entry["sha256"]:
             raise error(f"{join(url, relative)} changed after the commit: SHA-256 {actual[:12]}, expected {entry['sha256'][:12]}")
     return manifest

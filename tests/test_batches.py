@@ -47,15 +47,18 @@ def make_shard(sequences: list[list[int]]) -> SequenceShard:
     )
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
-    url = str(tmp_path_factory.mktemp("dataset"))
-    for index, sequences in enumerate(make_sequences()):
+def write_shards(url: str, shards: list[list[list[int]]]) -> SequenceDataset:
+    for index, sequences in enumerate(shards):
         keys = pa.array([f"user-{index}-{row}" for row in range(len(sequences))], pa.large_string())
         table = pa.table({"user_key": keys, "item_ids": pa.array(sequences, pa.large_list(pa.int32()))})
         storage.write_table(f"{url}/sequences/part-{index:05d}.parquet", table)
     storage.commit(url, {"schema_version": SCHEMA_VERSION})
     return SequenceDataset(url)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    return write_shards(str(tmp_path_factory.mktemp("dataset")), make_sequences())
 
 
 def epoch_of(
@@ -228,6 +231,12 @@ def test_the_same_seed_and_epoch_repeat_the_order_and_others_change_it(dataset):
     orders = {order(epoch=epoch, seed=seed) for epoch in range(3) for seed in range(3)}
     assert len(orders) == 9
     assert len({frozenset(Counter(rows).items()) for rows in orders}) == 1
+
+
+def test_the_windows_of_a_single_shard_are_shuffled_anew_each_epoch(tmp_path):
+    single = write_shards(str(tmp_path), make_sequences()[3:4])
+    orders = {tuple(row for batch in epoch_of(single, epoch=epoch) for row in rows_of(batch)) for epoch in range(5)}
+    assert len(orders) > 1
 
 
 @pytest.mark.parametrize(("shards", "shards_mixed"), [(1, 1), (5, 2), (6, 2), (5, 64)])

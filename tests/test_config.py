@@ -104,7 +104,7 @@ def test_an_unknown_setting_in_a_file_is_an_error_too(tmp_path):
         ("train.device=tpu", "train.device"),
         ("log.timestamp_unit=minutes", "log.timestamp_unit"),
         ("evaluate.ks=7", "evaluate.ks"),
-        ("train=5", "train"),
+        ("train=5", "train=5"),
         ("train.max_steps.x=5", "train.max_steps"),
         ("run_dir=${nowhere}", "run_dir"),
     ],

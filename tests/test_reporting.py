@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lrurec_dist import storage
-from lrurec_dist.errors import ConfigError, DataNotReadyError, DataQualityError, StorageError
+from lrurec_dist.errors import ConfigError, DataNotReadyError, DataQualityError
 from lrurec_dist.reporting import MetricsFile, Status, describe, exit_code_of, format_duration, format_table, metrics_table
 
 
@@ -16,7 +16,6 @@ from lrurec_dist.reporting import MetricsFile, Status, describe, exit_code_of, f
         (ConfigError("x"), 30),
         (DataNotReadyError("x"), 20),
         (DataQualityError("x"), 21),
-        (StorageError("x"), 75),
         (ValueError("x"), 70),
         (KeyboardInterrupt(), 70),
     ],

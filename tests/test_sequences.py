@@ -1,9 +1,12 @@
 import contextlib
+import functools
 import gzip
 import hashlib
+import http.server
 import os
 import shutil
-from collections import Counter, defaultdict
+import threading
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lrurec_dist import storage
-from lrurec_dist.data.sequences import SequenceDataset, prepare_dataset, shard_of
+from lrurec_dist.data.catalogue import build_catalogue, save_catalogue
+from lrurec_dist.data.sequences import SequenceDataset, _assign_ids_and_shards, prepare_dataset, shard_of
 from lrurec_dist.errors import CatalogueError, ConfigError, DataQualityError, IntegrityError, LrurecError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -43,16 +47,14 @@ DIRTY: list[Row] = [(None, 99, 3), (None, None, None), (1, None, 3), (2, 5, None
 REASONS = {"null_user_key": 2, "null_item_key": 1, "null_timestamp": 1, "unparsable_timestamp": 2}
 
 
-def table_of(rows: list[Row]) -> pa.Table:
-    return pa.table({name: pa.array([row[at] for row in rows], pa.int64()) for at, name in enumerate(("user", "item", "time"))})
-
-
 def write_parquet(directory: Path, rows: list[Row], files: int = 1, seed: int = 0) -> str:
     """The rows, shuffled over some files."""
     directory.mkdir()
     order = np.random.default_rng(seed).permutation(len(rows))
     for file in range(files):
-        pq.write_table(table_of([rows[row] for row in order[file::files]]), directory / f"part-{file}.parquet")
+        part = [rows[row] for row in order[file::files]]
+        columns = {name: pa.array([row[at] for row in part], pa.int64()) for at, name in enumerate(("user", "item", "time"))}
+        pq.write_table(pa.table(columns), directory / f"part-{file}.parquet")
     return str(directory)
 
 
@@ -131,11 +133,6 @@ def copy(dataset: SequenceDataset, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset.url, tmp_path / "copy"))
 
 
-def edit_manifest(directory: Path, **changes: Any) -> None:
-    manifest = storage.read_json(f"{directory}/{storage.MANIFEST}")
-    storage.write_json(f"{directory}/{storage.MANIFEST}", manifest | changes)
-
-
 def test_sequences_are_ordered_by_time_then_item_id(dataset):
     assert len({row[:1] + row[2:] for row in CLEAN}) < len(CLEAN)  # there are ties
     assert sequences_of(dataset) == expected_sequences(CLEAN)
@@ -167,8 +164,11 @@ def test_the_manifest_accounts_for_every_row(dataset):
         "time_unit": "us",
     }
     assert {name: dataset.manifest[name] for name in figures} == figures
-    percentiles = dataset.manifest["length_percentiles"]
-    assert [percentiles[share] for share in ("0", "50", "100")] == [lengths[0], lengths[5], lengths[-1]]
+    assert [dataset.manifest["length_percentiles"][share] for share in ("0", "50", "100")] == [
+        lengths[0],
+        lengths[5],
+        lengths[-1],
+    ]
 
 
 def test_counts_and_times_of_items_are_those_of_the_usable_rows(dataset):
@@ -240,25 +240,26 @@ def test_a_dataset_of_other_sources_is_not_reused(dataset, log, place, change):
 
 
 def test_a_dataset_with_a_changed_file_is_found_out(copy, log):
-    with open(copy / "sequences" / "part-00001.parquet", "r+b") as file:
+    with open(copy / "catalogue" / "part-00000.parquet", "r+b") as file:
         file.write(b"X")
-    with pytest.raises(IntegrityError, match=r"part-00001\.parquet changed after the commit"):
+    with pytest.raises(IntegrityError, match=r"catalogue/part-00000\.parquet changed after the commit"):
         prepare(copy, log)
 
 
 def test_a_dataset_of_another_schema_or_catalogue_is_not_opened(copy):
-    edit_manifest(copy, catalogue_fingerprint="0" * 16)
+    manifest = storage.read_json(f"{copy}/{storage.MANIFEST}")
+    storage.write_json(f"{copy}/{storage.MANIFEST}", manifest | {"catalogue_fingerprint": "0" * 16})
     with pytest.raises(CatalogueError, match="but the manifest names 0000000000000000"):
         _ = SequenceDataset(str(copy)).catalogue
-    edit_manifest(copy, schema_version=0)
+    storage.write_json(f"{copy}/{storage.MANIFEST}", manifest | {"schema_version": 0})
     with pytest.raises(DataQualityError, match=r"schema_version=0, this code reads 1; prepare it again"):
         SequenceDataset(str(copy))
 
 
 def test_an_interrupted_preparation_is_redone_cleanly(copy, log, dataset):
     (copy / storage.MANIFEST).unlink()
-    (copy / "sequences" / "part-00000.parquet").unlink()
-    (copy / "sequences" / "part-00001.parquet").write_bytes(b"half")
+    (copy / dataset.shard_names[0]).unlink()
+    (copy / dataset.shard_names[1]).write_bytes(b"half")
     (copy / "sequences" / "part-00077.parquet").write_bytes(b"of another number of shards")
     (copy / "catalogue" / "part-00009.parquet").write_bytes(b"stray")
     redone, was_there = prepare(copy, log)
@@ -267,13 +268,15 @@ def test_an_interrupted_preparation_is_redone_cleanly(copy, log, dataset):
     assert SequenceDataset(str(copy), verify=True).shard_names == dataset.shard_names
 
 
-def test_a_place_prepared_anew_from_another_log_holds_the_new_items(tmp_path):
-    for version in range(3):  # tasks that remember the previous catalogue would give its ids
-        rows = [(user, 1_000 * version + item, item) for user in range(4) for item in range(5)]
-        storage.remove_tree(f"{tmp_path}/dataset")
-        prepared, _ = prepare(tmp_path / "dataset", write_parquet(tmp_path / f"log-{version}", rows, files=3))
-        stored = np.concatenate([prepared.read_shard(name).item_ids for name in prepared.shard_names])
-        assert Counter(stored.tolist()) == dict.fromkeys(range(1, 6), 4), f"version {version}"
+def test_a_task_does_not_remember_the_catalogue_that_lay_here_before(tmp_path):
+    keys = pa.array(["a", "b"], pa.large_string())
+    events = pa.table({"user_key": keys, "item_key": keys, "timestamp": [0, 0], "reason": pa.nulls(2)})
+    for first_seen in ([1, 2], [2, 1]):
+        catalogue = build_catalogue(pa.table({"item_key": keys, "count": [1, 1], "first_seen": first_seen, "last_seen": [2, 2]}))
+        save_catalogue(catalogue, str(tmp_path))
+        assert _assign_ids_and_shards(events, str(tmp_path), catalogue.fingerprint, 1)["item_id"].to_pylist() == first_seen
+    with pytest.raises(CatalogueError, match="expected 0000"):
+        _assign_ids_and_shards(events, str(tmp_path), "0000", 1)
 
 
 def test_preparation_never_deletes_the_log(tmp_path):
@@ -283,18 +286,26 @@ def test_preparation_never_deletes_the_log(tmp_path):
     assert pq.read_table(f"{log}/part-0.parquet").num_rows == len(CLEAN)
 
 
-def test_too_many_unusable_rows_stop_the_job_with_their_reasons(tmp_path, log):
+def test_a_log_on_a_remote_file_system_gives_the_same_dataset(tmp_path):
+    folder = write_parquet(tmp_path / "log", CLEAN)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        remote, _ = prepare(tmp_path / "remote", f"http://127.0.0.1:{server.server_port}/part-0.parquet")
+        server.shutdown()
+    local, _ = prepare(tmp_path / "local", f"{folder}/part-0.parquet")
+    assert remote.manifest["interactions"] == len(CLEAN)
+    assert remote.manifest["files"] == local.manifest["files"]
+
+
+@pytest.mark.parametrize(("rows", "limit", "share"), [(CLEAN + DIRTY, 0.059, "6.00% of 100"), (DIRTY, 1.0, "100.00% of 6")])
+def test_too_many_or_only_unusable_rows_stop_the_job_with_their_reasons(tmp_path, rows, limit, share):
     with pytest.raises(DataQualityError) as error:
-        prepare(tmp_path / "dataset", log, max_rejected_share=0.059)
+        prepare(tmp_path / "dataset", write_parquet(tmp_path / "log", rows), max_rejected_share=limit)
     message = str(error.value)
-    assert message.startswith("log.max_rejected_share=0.059: 6.00% of 100 rows are unusable (")
+    assert message.startswith(f"log.max_rejected_share={limit}: {share} rows are unusable (")
     assert all(f"{reason} {count}" in message for reason, count in REASONS.items())
     assert not storage.is_committed(f"{tmp_path}/dataset")
-
-
-def test_a_log_without_a_usable_row_stops_the_job_whatever_the_share(tmp_path):
-    with pytest.raises(DataQualityError, match=r"100\.00% of 6 rows are unusable"):
-        prepare(tmp_path / "dataset", write_parquet(tmp_path / "log", DIRTY), max_rejected_share=1.0)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
@@ -314,10 +325,9 @@ def test_a_later_file_with_a_column_of_another_type_is_a_data_error(tmp_path, co
 
 
 def test_float_keys_are_a_data_error_naming_column_and_way_out(tmp_path):
-    (tmp_path / "log").mkdir()
-    pq.write_table(pa.table({"user": [1.0], "item": [1], "time": [1]}), tmp_path / "log" / "a.parquet")
+    pq.write_table(pa.table({"user": [1.0], "item": [1], "time": [1]}), tmp_path / "log.parquet")
     with pytest.raises(DataQualityError, match=r"column user is double; keys are integers or strings, so cast it"):
-        prepare(tmp_path / "dataset", tmp_path / "log")
+        prepare(tmp_path / "dataset", tmp_path / "log.parquet")
 
 
 def test_a_later_file_that_lacks_a_column_or_cannot_be_read_is_a_data_error(tmp_path):
@@ -344,8 +354,7 @@ def test_a_dataset_with_a_parent_keeps_the_ids_of_the_parent_and_appends_new_ite
 @pytest.mark.parametrize("shards", [1, 3, 8, 1000])
 @pytest.mark.parametrize("keys", [["a", "é", "a", ""], [1, -5, 1, 2**63 - 1]], ids=["strings", "integers"])
 def test_a_shard_is_a_hash_of_the_key_that_everyone_can_compute(keys, shards):
-    digests = (hashlib.blake2b(str(key).encode(), digest_size=8).digest() for key in keys)
-    expected = [int.from_bytes(digest, "little") % shards for digest in digests]
+    expected = [int.from_bytes(hashlib.blake2b(str(key).encode(), digest_size=8).digest(), "little") % shards for key in keys]
     assert shard_of(pa.array(keys), shards).tolist() == expected
     assert shard_of(pa.chunked_array([keys[:1], keys[1:]]), shards).tolist() == expected
     assert shard_of(pa.array(keys[2:]), shards).tolist() == expected[2:]
@@ -354,4 +363,3 @@ def test_a_shard_is_a_hash_of_the_key_that_everyone_can_compute(keys, shards):
 def test_users_spread_evenly_over_shards():
     users = np.bincount(shard_of(pa.array([f"user-{index}" for index in range(8_000)]), 8), minlength=8)
     assert users.min() > 850  # 1,000 each; five standard deviations are 148
-    assert shard_of(pa.array([], pa.large_string()), 8).tolist() == []

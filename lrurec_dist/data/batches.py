@@ -19,6 +19,7 @@ import ray.data
 
 from lrurec_dist import PAD_ID
 from lrurec_dist.data.sequences import MIN_EVALUABLE, SequenceDataset, SequenceShard
+from lrurec_dist.errors import DataQualityError
 
 Split = Literal["validation", "test"]
 
@@ -32,14 +33,15 @@ class TrainingBatch:
 
     `item_ids` and `targets` are (batch, length) int64 with padding on the left, cut to the longest
     window of the slice; `targets[b, t]` is the item after `item_ids[b, t]`, or `PAD_ID` where
-    nothing is predicted. `num_targets` counts the targets of the *global* batch. `epoch` and
-    `batch` are the batch's address.
+    nothing is predicted. `num_targets` counts the targets of the *global* batch. `epoch`, shard
+    `group` and `batch` within them are the batch's address.
     """
 
     item_ids: np.ndarray
     targets: np.ndarray
     num_targets: int
     epoch: int
+    group: int
     batch: int
 
 
@@ -165,7 +167,7 @@ def iter_group_batches(
         members = order[begin : begin + global_batch_size]
         low, high = (len(members) * bound // world_size for bound in (rank, rank + 1))
         item_ids, targets = windows.collate(members[low:high])
-        yield TrainingBatch(item_ids, targets, int(windows.num_targets[members].sum()), epoch, batch)
+        yield TrainingBatch(item_ids, targets, int(windows.num_targets[members].sum()), epoch, group, batch)
 
 
 def iter_training_batches(
@@ -187,10 +189,12 @@ def iter_training_batches(
     training process.
     """
     configure_ray_data()
-    groups = len(group_shards(SequenceDataset(url).shard_names, seed=seed, epoch=0, shards_mixed=shards_mixed))
+    dataset = SequenceDataset(url)
+    groups = len(group_shards(dataset.shard_names, seed=seed, epoch=0, shards_mixed=shards_mixed))
     make = functools.partial(
         _batches_of_group,
         url=url,
+        identity=dataset.identity,
         seed=seed,
         shards_mixed=shards_mixed,
         global_batch_size=global_batch_size,
@@ -221,12 +225,15 @@ def configure_ray_data() -> None:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # or an error of ours arrives without its type
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _batches_of_group(addresses: pa.Table, url: str, rank: int, world_size: int, **options: int) -> Iterator[pa.Table]:
+def _batches_of_group(
+    addresses: pa.Table, url: str, identity: str, rank: int, world_size: int, **options: int
+) -> Iterator[pa.Table]:
     """The body of a feeding task: whole batches as rows, a few to a block."""
-    dataset = _cached_dataset(url)
+    dataset = _cached_dataset(url, identity)
     for address in addresses.to_pylist():
         rows: list[dict[str, object]] = []
         for batch in iter_group_batches(dataset, **address, rank=rank, world_size=world_size, **options):  # type: ignore[arg-type]
@@ -237,6 +244,7 @@ def _batches_of_group(addresses: pa.Table, url: str, rank: int, world_size: int,
                     "length": batch.item_ids.shape[1],
                     "num_targets": batch.num_targets,
                     "epoch": batch.epoch,
+                    "group": batch.group,
                     "batch": batch.batch,
                 }
             )
@@ -254,14 +262,19 @@ _ROW = pa.schema(
         ("length", pa.int32()),
         ("num_targets", pa.int64()),
         ("epoch", pa.int64()),
+        ("group", pa.int64()),
         ("batch", pa.int64()),
     ]
 )
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_dataset(url: str) -> SequenceDataset:
-    return SequenceDataset(url)
+def _cached_dataset(url: str, identity: str) -> SequenceDataset:
+    """One dataset per worker process; `identity` tells apart what was at `url` at two times."""
+    dataset = SequenceDataset(url)
+    if dataset.identity != identity:
+        raise DataQualityError(f"{url}: the dataset was replaced while it was in use; start the job again")
+    return dataset
 
 
 def _to_batch(row: pa.Table) -> TrainingBatch:
@@ -269,7 +282,9 @@ def _to_batch(row: pa.Table) -> TrainingBatch:
     item_ids, targets = (
         row[name].combine_chunks().flatten().to_numpy().reshape(-1, length).astype(np.int64) for name in ("item_ids", "targets")
     )
-    return TrainingBatch(item_ids, targets, row["num_targets"][0].as_py(), row["epoch"][0].as_py(), row["batch"][0].as_py())
+    return TrainingBatch(
+        item_ids, targets, row["num_targets"][0].as_py(), *(row[name][0].as_py() for name in ("epoch", "group", "batch"))
+    )
 
 
 def iter_evaluation_batches(shard: SequenceShard, *, split: Split, max_length: int, batch_size: int) -> Iterator[EvaluationBatch]:

@@ -58,18 +58,19 @@ def read_events(
     is a number.
 
     Raises:
-        DataQualityError: a column is missing from the first file, or its type cannot be a key or a
-            time. (A later file with another schema fails in its task, with the same error.)
+        DataQualityError: a column is missing from the first file. What other files hold is seen
+            when they are read: a column of a type that is no key or time, or of another type than
+            in the first, fails there (`reading_errors`); one that is missing reads as nulls.
     """
     columns = [user_column, item_column, timestamp_column]
     filesystem, _ = storage.arrow_filesystem(files[0])
     paths = [storage.arrow_filesystem(url)[1] for url in files]
     _check_columns(files[0], log_format, columns)
     if log_format == "parquet":
-        dataset = ray.data.read_parquet(paths, columns=columns, filesystem=filesystem)
+        dataset = ray.data.read_parquet(paths, filesystem=filesystem).select_columns(columns)
     else:
         as_text = pa.csv.ConvertOptions(
-            include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=True
+            include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), null_values=[""], strings_can_be_null=True
         )
         dataset = ray.data.read_csv(paths, filesystem=filesystem, convert_options=as_text, file_extensions=None)
     normalise = functools.partial(normalise_block, columns=columns, timestamp_unit=timestamp_unit)
@@ -136,11 +137,15 @@ def _timestamps(column: pa.Array, name: str, unit: str) -> tuple[pa.Array, pa.Ar
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         if unit == "position":
             raise DataQualityError(f"log.timestamp_unit=position, but column {name} is {kind}; set another unit")
-        return column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), pa.array(np.zeros(len(column), bool))
+        instants = column.cast(pa.timestamp("s")) if pa.types.is_date(kind) else column
+        return _scale(instants.cast(pa.int64()), instants.type.unit)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return _parse_text(column, unit)
     if pa.types.is_integer(kind) or pa.types.is_null(kind):
-        return _scale(column.cast(pa.int64(), safe=False), unit)
+        too_far = pc.fill_null(pc.greater(column, pa.scalar(2**63 - 1, pa.uint64())), False) if pa.types.is_uint64(kind) else None
+        signed = pc.if_else(too_far, None, column) if too_far is not None else column
+        values, beyond = _scale(signed.cast(pa.int64()), unit)
+        return values, beyond if too_far is None else pc.or_(beyond, too_far)
     raise DataQualityError(
         f"column {name} is {kind}; a time is an integer with a unit, an Arrow timestamp, or text that spells one of them"
     )
@@ -156,11 +161,14 @@ def _scale(values: pa.Array, unit: str) -> tuple[pa.Array, pa.Array]:
 
 
 def _parse_text(column: pa.Array, unit: str) -> tuple[pa.Array, pa.Array]:
-    """Digits are integers in the configured unit; anything else has to be an ISO 8601 time."""
-    digits = pc.fill_null(pc.match_substring_regex(column, r"^-?\d{1,18}$"), False)
+    """Digits are integers in the configured unit; anything else has to be an ISO 8601 time, which is no position."""
+    magnitude = pc.utf8_ltrim(column, "-")
+    fits = pc.or_(pc.less(pc.utf8_length(magnitude), 19), pc.less_equal(magnitude, "9223372036854775807"))
+    digits = pc.fill_null(pc.and_(pc.match_substring_regex(column, r"^-?\d{1,19}$"), fits), False)
     scaled, too_far = _scale(pc.cast(pc.if_else(digits, column, None), pa.int64()), unit)
-    if pc.all(pc.or_(digits, column.is_null()), min_count=0).as_py():
-        return scaled, too_far
+    spelled_out = pc.and_(pc.invert(digits), column.is_valid())
+    if unit == "position" or not pc.any(spelled_out, min_count=0).as_py():
+        return scaled, pc.or_(too_far, spelled_out)
     text = pc.if_else(digits, None, column).to_pandas()
     spelled = pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True).astype("datetime64[us, UTC]")
     instants = pa.Array.from_pandas(spelled).cast(pa.int64())
@@ -170,16 +178,16 @@ def _parse_text(column: pa.Array, unit: str) -> tuple[pa.Array, pa.Array]:
 
 @contextmanager
 def reading_errors() -> Iterator[None]:
-    """Turn what a reading task raised into the error it stands for: ours as it is, Arrow's as bad data."""
+    """Turn what reading raised, here or in a task, into the error it stands for: ours as it is, the reader's as bad data."""
     try:
         yield
-    except RayError as error:
+    except (RayError, pa.ArrowException) as error:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, LrurecError):
                 raise cause from None
-            if isinstance(cause, pa.ArrowException | KeyError):
-                raise DataQualityError(f"the log cannot be read: {str(cause).splitlines()[0]}") from None
+            if isinstance(cause, pa.ArrowException | KeyError | ValueError):
+                raise DataQualityError(f"the log cannot be read: {str(cause).splitlines()[0]}") from error
             cause = getattr(cause, "cause", None) or cause.__cause__
         raise
 

@@ -52,6 +52,11 @@ class SequenceDataset:
             )
 
     @property
+    def identity(self) -> str:
+        """16 hex digits that change with any byte of the dataset."""
+        return storage.fingerprint(self.manifest["files"])
+
+    @property
     def num_items(self) -> int:
         """Size of the catalogue."""
         return int(self.manifest["num_items"])
@@ -127,8 +132,9 @@ def prepare_dataset(
             raise ConfigError(
                 f"dataset.dir={url}: holds a dataset prepared with other {', '.join(differing)}; choose another dataset.dir or run_dir, or delete it"
             )
+        _check_quality(log_path, dataset.manifest["interactions"], dataset.manifest["rows_rejected"], max_rejected_share)
         return dataset, True
-    storage.remove_tree(url)  # what an interrupted preparation left
+    _remove_leftovers(url)
 
     with reading_errors():
         events = read_events(
@@ -176,6 +182,16 @@ def prepare_dataset(
     )
     storage.commit(url, description, known)
     return SequenceDataset(url), False
+
+
+def _remove_leftovers(url: str) -> None:
+    """Delete what an interrupted preparation left, and refuse to touch anything else."""
+    foreign = [name for name in storage.list_files(url) if not name.startswith(("catalogue/", "sequences/"))]
+    if foreign:
+        raise ConfigError(
+            f"dataset.dir={url}: holds {foreign[0]}, which no preparation wrote; give an empty directory or a new one"
+        )
+    storage.remove_tree(url)
 
 
 def _check_quality(log_path: str, interactions: int, rejected: dict[str, int], max_rejected_share: float) -> None:
