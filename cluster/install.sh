@@ -40,7 +40,7 @@ check_path() {
 # The interpreter that .venv is made of.
 find_python() {
     without_venv=
-    for candidate in python3.13 python3.12 python3.11 python3; do
+    for candidate in python3 python3.13 python3.12 python3.11; do
         is_new_enough "$candidate" || continue
         if makes_environments "$candidate"; then
             printf '%s\n' "$candidate"
@@ -53,7 +53,7 @@ find_python() {
         die "$without_venv lacks the modules venv and ensurepip, so it cannot make an environment." \
             "Debian and Ubuntu: apt install python$version-venv. Or give an environment of your own: PYTHON=/path/to/python"
     fi
-    die "no Python $oldest or newer found as python3.13, python3.12, python3.11 or python3." \
+    die "no Python $oldest or newer found as python3, python3.13, python3.12 or python3.11." \
         "Install one (python.org, your package manager, pyenv, uv), or name it: PYTHON=/path/to/python"
 }
 
