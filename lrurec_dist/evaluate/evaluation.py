@@ -115,7 +115,7 @@ def evaluate_dataset(
     popularity = np.sum([np.asarray(row["counts"]) for row in partial.take_all()], axis=0)
     ranked = shards.map_batches(
         _ShardRanker,
-        fn_constructor_kwargs={"url": url, "load_model": load_model, "popularity": popularity, "protocol": protocol},
+        fn_constructor_kwargs={"url": url, "load_model": load_model, "popularity": [ray.put(popularity)], "protocol": protocol},
         batch_size=1,
         batch_format="pyarrow",
         concurrency=min(workers, len(dataset.shard_names)),
@@ -139,10 +139,12 @@ def _count_shard(names: pa.Table, url: str) -> pa.Table:
 class _ShardRanker:
     """Lives in a Ray actor: loads the model once, then ranks shard after shard."""
 
-    def __init__(self, url: str, load_model: Callable[[], Any], popularity: np.ndarray, protocol: RankingProtocol) -> None:
+    def __init__(
+        self, url: str, load_model: Callable[[], Any], popularity: "list[ray.ObjectRef[np.ndarray]]", protocol: RankingProtocol
+    ) -> None:
         self._dataset = SequenceDataset(url)
         self._model = load_model()
-        self._popularity = Popularity(torch.from_numpy(popularity)).to(self._model.table.weight.device)
+        self._popularity = Popularity(torch.from_numpy(ray.get(popularity[0]).copy())).to(self._model.table.weight.device)
         self._protocol = protocol
 
     def __call__(self, names: pa.Table) -> pa.Table:
