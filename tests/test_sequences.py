@@ -286,9 +286,25 @@ def test_preparation_never_deletes_the_log(tmp_path):
     assert pq.read_table(f"{log}/part-0.parquet").num_rows == len(CLEAN)
 
 
+class RangeRequestHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves parts of files, as every object store does and Python's own server does not."""
+
+    def do_GET(self):
+        data = Path(self.translate_path(self.path)).read_bytes()
+        first, last = 0, len(data) - 1
+        if asked := self.headers["Range"]:
+            first, last = (int(bound) for bound in asked.removeprefix("bytes=").split("-"))
+        self.send_response(206 if asked else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+
 def test_a_log_on_a_remote_file_system_gives_the_same_dataset(tmp_path):
     folder = write_parquet(tmp_path / "log", CLEAN)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler = functools.partial(RangeRequestHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         remote, _ = prepare(tmp_path / "remote", f"http://127.0.0.1:{server.server_port}/part-0.parquet")

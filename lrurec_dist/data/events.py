@@ -186,7 +186,7 @@ def reading_errors() -> Iterator[None]:
         while cause is not None:
             if isinstance(cause, LrurecError):
                 raise cause from None
-            if isinstance(cause, pa.ArrowException | KeyError | ValueError):
+            if isinstance(cause, pa.ArrowException | KeyError | ValueError) and not isinstance(cause, RayError):
                 raise DataQualityError(f"the log cannot be read: {str(cause).splitlines()[0]}") from error
             cause = getattr(cause, "cause", None) or cause.__cause__
         raise
