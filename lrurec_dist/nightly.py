@@ -15,7 +15,8 @@ import torch
 
 from lrurec_dist import __version__, storage
 from lrurec_dist.config import Config, differences, load_config, to_dict, to_yaml, with_absolute_paths
-from lrurec_dist.data.batches import configure_ray_data, pad_left, training_lengths, untrained_targets
+from lrurec_dist.data.batches import pad_left, training_lengths, untrained_targets
+from lrurec_dist.data.feed import configure_ray_data
 from lrurec_dist.data.sequences import SequenceDataset, prepare_dataset
 from lrurec_dist.data.synthetic import write_synthetic_log
 from lrurec_dist.errors import EXIT_DONE, BundleError, ConfigError, DataNotReadyError, LrurecError

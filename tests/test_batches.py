@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 from collections import Counter
 from typing import Any
@@ -10,20 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrurec_dist import PAD_ID, storage
-from lrurec_dist.data import batches
 from lrurec_dist.data.batches import (
     TrainingBatch,
+    TrainingWindows,
+    count_windows,
     cut_windows,
     group_shards,
     iter_evaluation_batches,
     iter_group_batches,
-    iter_training_batches,
     pad_left,
     training_lengths,
     untrained_targets,
 )
 from lrurec_dist.data.sequences import SCHEMA_VERSION, SequenceDataset, SequenceShard
-from lrurec_dist.errors import IntegrityError
 
 MAX_LENGTH = 4
 # Lengths around every rule: too short to evaluate, below, at and beyond twice the window plus the two held out.
@@ -293,23 +291,10 @@ def test_evaluation_batches_follow_history_length():
     assert users == [[1, 3], [4, 2], [0]]
 
 
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 5), (2, 3)])  # 5: rank 0 has no row in a short batch
-@pytest.mark.usefixtures("ray_session")
-def test_the_feed_yields_the_batches_of_the_order_across_epochs(monkeypatch, dataset, rank, world_size):
-    monkeypatch.setattr(batches, "EPOCHS_PER_EXECUTION", 2)  # 5 epochs take three executions
-    first_epoch, epochs = 3, 5
-    place = {"rank": rank, "world_size": world_size}
-    expected = [batch for epoch in range(first_epoch, first_epoch + epochs) for batch in epoch_of(dataset, epoch=epoch, **place)]
-    feed = iter_training_batches(dataset.url, first_epoch=first_epoch, **place, **OPTIONS)
-    fed = list(itertools.islice(feed, len(expected)))
-    feed.close()
-    assert {len(batch.item_ids) for batch in expected} >= ({0} if world_size == 5 else set())
-    for got, want in zip(fed, expected, strict=True):
-        for field in dataclasses.fields(TrainingBatch):
-            assert np.array_equal(getattr(got, field.name), getattr(want, field.name)), (field.name, want.epoch, want.batch)
-
-
-def test_the_feed_of_a_place_without_a_dataset_fails_at_once(tmp_path):
-    feed = iter_training_batches(f"{tmp_path}/nowhere", first_epoch=0, rank=0, world_size=1, **OPTIONS)
-    with pytest.raises(IntegrityError):
-        next(feed)
+@pytest.mark.parametrize("first_item_is_target", [True, False])
+def test_windows_are_counted_without_being_cut(first_item_is_target):
+    for lengths in [*LENGTHS_PER_SHARD, [0], []]:
+        shard = make_shard([list(range(1, length + 1)) for length in lengths])
+        windows = TrainingWindows([shard], max_length=MAX_LENGTH, first_item_is_target=first_item_is_target)
+        counted = count_windows(shard.lengths, max_length=MAX_LENGTH, first_item_is_target=first_item_is_target)
+        assert counted == len(windows)

@@ -7,24 +7,16 @@ before another, and no window is dropped or repeated within an epoch. The last b
 may be short; the loss is weighted by targets, so that is no bias.
 """
 
-import functools
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import ray.data
 
 from lrurec_dist import PAD_ID
 from lrurec_dist.data.sequences import MIN_EVALUABLE, SequenceDataset, SequenceShard
-from lrurec_dist.errors import DataQualityError
 
 Split = Literal["validation", "test"]
-
-BATCHES_PER_BLOCK = 16  # rows per Ray block: each row is a whole batch, ready to use
-EPOCHS_PER_EXECUTION = 64  # starting a Ray Data execution costs about a second, so one serves many epochs
 
 
 @dataclass(frozen=True)
@@ -144,6 +136,14 @@ def group_shards(names: list[str], *, seed: int, epoch: int, shards_mixed: int) 
     return [[names[index] for index in order[begin : begin + shards_mixed]] for begin in range(0, len(order), shards_mixed)]
 
 
+def count_windows(lengths: np.ndarray, *, max_length: int, first_item_is_target: bool) -> int:
+    """How many training windows with a target the sequences of these lengths give."""
+    trained = training_lengths(lengths)
+    sequence, begin, end = cut_windows(trained, max_length)
+    alone = (end - begin == 1) & (begin == 0)  # a single interaction: a target only from padding
+    return len(sequence) - (0 if first_item_is_target else int(alone.sum()))
+
+
 def iter_group_batches(
     dataset: SequenceDataset,
     *,
@@ -162,129 +162,26 @@ def iter_group_batches(
     windows = TrainingWindows(
         [dataset.read_shard(name) for name in names], max_length=max_length, first_item_is_target=first_item_is_target
     )
-    order = np.random.default_rng([seed, epoch, group]).permutation(len(windows))
-    for batch, begin in enumerate(range(0, len(order), global_batch_size)):
-        members = order[begin : begin + global_batch_size]
-        low, high = (len(members) * bound // world_size for bound in (rank, rank + 1))
-        item_ids, targets = windows.collate(members[low:high])
-        yield TrainingBatch(item_ids, targets, int(windows.num_targets[members].sum()), epoch, group, batch)
+    batches = range(-(-len(windows) // global_batch_size))
+    yield from cut_batches(windows, batches, epoch, group, seed, global_batch_size, rank, world_size)
 
 
-def iter_training_batches(
-    url: str,
-    *,
+def cut_batches(
+    windows: TrainingWindows,
+    batches: range,
+    epoch: int,
+    group: int,
     seed: int,
-    first_epoch: int,
-    shards_mixed: int,
     global_batch_size: int,
-    max_length: int,
-    first_item_is_target: bool,
     rank: int,
     world_size: int,
 ) -> Iterator[TrainingBatch]:
-    """One rank's batches, epoch after epoch without end, made by Ray Data tasks ahead of their use.
-
-    Each rank runs its own Ray Dataset over (epoch, group of shards): `streaming_split` would drop
-    rows and hand them out by timing. One row is one whole batch, so nothing is collated in the
-    training process.
-    """
-    configure_ray_data()
-    dataset = SequenceDataset(url)
-    groups = len(group_shards(dataset.shard_names, seed=seed, epoch=0, shards_mixed=shards_mixed))
-    make = functools.partial(
-        _batches_of_group,
-        url=url,
-        identity=dataset.identity,
-        seed=seed,
-        shards_mixed=shards_mixed,
-        global_batch_size=global_batch_size,
-        max_length=max_length,
-        first_item_is_target=first_item_is_target,
-        rank=rank,
-        world_size=world_size,
-    )
-    while True:
-        addresses = [
-            {"epoch": epoch, "group": group}
-            for epoch in range(first_epoch, first_epoch + EPOCHS_PER_EXECUTION)
-            for group in range(groups)
-        ]
-        plan = ray.data.from_items(addresses, override_num_blocks=len(addresses))
-        batches = plan.map_batches(make, batch_format="pyarrow", batch_size=1, concurrency=1, num_cpus=FEED_CPUS)
-        for row in batches.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4):
-            yield _to_batch(row)
-        first_epoch += EPOCHS_PER_EXECUTION
-
-
-FEED_CPUS = 0.25  # logical CPUs of one feeding task, so that two workers and their feeds fit two CPUs
-
-
-def configure_ray_data() -> None:
-    """Keep block order, so that data order is ours; report through our own lines, not Ray Data's."""
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # or an error of ours arrives without its type
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def _batches_of_group(
-    addresses: pa.Table, url: str, identity: str, rank: int, world_size: int, **options: int
-) -> Iterator[pa.Table]:
-    """The body of a feeding task: whole batches as rows, a few to a block."""
-    dataset = _cached_dataset(url, identity)
-    for address in addresses.to_pylist():
-        rows: list[dict[str, object]] = []
-        for batch in iter_group_batches(dataset, **address, rank=rank, world_size=world_size, **options):  # type: ignore[arg-type]
-            rows.append(
-                {
-                    "item_ids": batch.item_ids.astype(np.int32).ravel(),
-                    "targets": batch.targets.astype(np.int32).ravel(),
-                    "length": batch.item_ids.shape[1],
-                    "num_targets": batch.num_targets,
-                    "epoch": batch.epoch,
-                    "group": batch.group,
-                    "batch": batch.batch,
-                }
-            )
-            if len(rows) == BATCHES_PER_BLOCK:
-                yield pa.Table.from_pylist(rows, schema=_ROW)
-                rows = []
-        if rows:
-            yield pa.Table.from_pylist(rows, schema=_ROW)
-
-
-_ROW = pa.schema(
-    [
-        ("item_ids", pa.large_list(pa.int32())),
-        ("targets", pa.large_list(pa.int32())),
-        ("length", pa.int32()),
-        ("num_targets", pa.int64()),
-        ("epoch", pa.int64()),
-        ("group", pa.int64()),
-        ("batch", pa.int64()),
-    ]
-)
-
-
-@functools.lru_cache(maxsize=1)
-def _cached_dataset(url: str, identity: str) -> SequenceDataset:
-    """One dataset per worker process; `identity` tells apart what was at `url` at two times."""
-    dataset = SequenceDataset(url)
-    if dataset.identity != identity:
-        raise DataQualityError(f"{url}: the dataset was replaced while it was in use; start the job again")
-    return dataset
-
-
-def _to_batch(row: pa.Table) -> TrainingBatch:
-    length = row["length"][0].as_py()
-    item_ids, targets = (
-        row[name].combine_chunks().flatten().to_numpy().reshape(-1, length).astype(np.int64) for name in ("item_ids", "targets")
-    )
-    return TrainingBatch(
-        item_ids, targets, row["num_targets"][0].as_py(), *(row[name][0].as_py() for name in ("epoch", "group", "batch"))
-    )
+    order = np.random.default_rng([seed, epoch, group]).permutation(len(windows))
+    for batch in batches:
+        members = order[batch * global_batch_size : (batch + 1) * global_batch_size]
+        low, high = (len(members) * bound // world_size for bound in (rank, rank + 1))
+        item_ids, targets = windows.collate(members[low:high])
+        yield TrainingBatch(item_ids, targets, int(windows.num_targets[members].sum()), epoch, group, batch)
 
 
 def iter_evaluation_batches(shard: SequenceShard, *, split: Split, max_length: int, batch_size: int) -> Iterator[EvaluationBatch]:

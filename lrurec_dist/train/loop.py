@@ -13,7 +13,8 @@ import torch
 
 from lrurec_dist import collectives, storage
 from lrurec_dist.config import Config
-from lrurec_dist.data.batches import TrainingBatch, iter_training_batches
+from lrurec_dist.data.batches import TrainingBatch
+from lrurec_dist.data.feed import iter_training_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DivergenceError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard
