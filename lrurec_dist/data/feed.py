@@ -13,10 +13,12 @@ from lrurec_dist.data.batches import TrainingBatch, TrainingWindows, count_windo
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DataQualityError
 
-# One feeding task makes so many batches, at once: a task that yields them one by one is held back in
-# the middle, and then Ray Data's scheduling loop spins, on a core that training needs.
 BATCHES_PER_TASK = 16
-TASKS_PER_EXECUTION = 512  # starting a Ray Data execution costs about a second, so one serves long
+# Starting an execution costs about a second, so one serves long. But while an execution is held back
+# because its output waits in the object store, Ray Data's scheduling loop spins on a core that training
+# needs (0.9 of one, measured). So an execution is no larger than what may well wait there as a whole.
+TASKS_PER_EXECUTION = 64
+EXECUTION_BYTES = 128 << 20
 FEED_CPUS = 0.25  # logical CPUs of one feeding task, so that two workers and their feeds fit two CPUs
 
 
@@ -63,8 +65,10 @@ def iter_training_batches(
         for batches in [-(-sum(windows[name] for name in names) // global_batch_size)]
         for begin in range(0, batches, BATCHES_PER_TASK)
     )
+    bytes_per_task = BATCHES_PER_TASK * -(-global_batch_size // world_size) * max_length * 8  # ids and targets, int32
+    tasks_at_once = max(1, min(TASKS_PER_EXECUTION, EXECUTION_BYTES // bytes_per_task))
     while True:
-        plan = list(itertools.islice(addresses, TASKS_PER_EXECUTION))
+        plan = list(itertools.islice(addresses, tasks_at_once))
         tasks = ray.data.from_items(plan, override_num_blocks=len(plan))
         batches_ahead = tasks.map_batches(make, batch_format="pyarrow", batch_size=1, concurrency=1, num_cpus=FEED_CPUS)
         for row in batches_ahead.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4):
