@@ -30,7 +30,7 @@ def epoch_of(dataset: SequenceDataset, epoch: int, rank: int, world_size: int) -
 @pytest.mark.usefixtures("ray_session")
 def test_the_feed_yields_the_batches_of_the_order_across_epochs(monkeypatch, dataset, rank, world_size):
     monkeypatch.setattr(feed, "BATCHES_PER_TASK", 2)
-    monkeypatch.setattr(feed, "TASKS_PER_EXECUTION", 7)  # 5 epochs take several executions, some ending within an epoch
+    monkeypatch.setattr(feed, "TASKS_PER_EXECUTION", 7)  # executions of 1, 2, 4, 7, 7, … tasks end anywhere in an epoch
     first_epoch, epochs = 3, 5
     place = {"rank": rank, "world_size": world_size}
     expected = [batch for epoch in range(first_epoch, first_epoch + epochs) for batch in epoch_of(dataset, epoch, **place)]

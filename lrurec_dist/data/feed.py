@@ -1,12 +1,15 @@
 """The feed: Ray Data tasks make training batches ahead of their use."""
 
+import collections
 import functools
 import itertools
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 
 from lrurec_dist.data.batches import TrainingBatch, TrainingWindows, count_windows, cut_batches, group_shards
@@ -14,11 +17,8 @@ from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DataQualityError
 
 BATCHES_PER_TASK = 16
-# Starting an execution costs about a second, so one serves long. But while an execution is held back
-# because its output waits in the object store, Ray Data's scheduling loop spins on a core that training
-# needs (0.9 of one, measured). So an execution is no larger than what may well wait there as a whole.
-TASKS_PER_EXECUTION = 64
-EXECUTION_BYTES = 128 << 20
+TASKS_PER_EXECUTION = 64  # at most; starting an execution costs about a second, so one serves long
+EXECUTION_BYTES = 128 << 20  # at most: two executions, the current and the next, wait in the object store
 FEED_CPUS = 0.25  # logical CPUs of one feeding task, so that two workers and their feeds fit two CPUs
 
 
@@ -66,13 +66,27 @@ def iter_training_batches(
         for begin in range(0, batches, BATCHES_PER_TASK)
     )
     bytes_per_task = BATCHES_PER_TASK * -(-global_batch_size // world_size) * max_length * 8  # ids and targets, int32
-    tasks_at_once = max(1, min(TASKS_PER_EXECUTION, EXECUTION_BYTES // bytes_per_task))
-    while True:
-        plan = list(itertools.islice(addresses, tasks_at_once))
+    most_tasks = max(1, min(TASKS_PER_EXECUTION, EXECUTION_BYTES // bytes_per_task))
+
+    def execute(num_tasks: int) -> "list[ray.ObjectRef[pa.Table]]":
+        plan = list(itertools.islice(addresses, num_tasks))
         tasks = ray.data.from_items(plan, override_num_blocks=len(plan))
-        batches_ahead = tasks.map_batches(make, batch_format="pyarrow", batch_size=1, concurrency=1, num_cpus=FEED_CPUS)
-        for row in batches_ahead.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4):
-            yield _to_batch(row)
+        return tasks.map_batches(make, batch_format="pyarrow", batch_size=1, concurrency=1, num_cpus=FEED_CPUS).to_arrow_refs()
+
+    # An execution is run to its end ahead of its use: one whose output waits to be read keeps Ray Data's
+    # scheduling loop spinning in this process, on a core that training needs. The first ones are small,
+    # so that training begins at once.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as ahead:
+        num_tasks = 1
+        upcoming = ahead.submit(execute, num_tasks)
+        while True:
+            blocks = collections.deque(upcoming.result())
+            num_tasks = min(2 * num_tasks, most_tasks)
+            upcoming = ahead.submit(execute, num_tasks)
+            while blocks:
+                block = ray.get(blocks.popleft())
+                for row in range(block.num_rows):
+                    yield _to_batch(block.slice(row, 1))
 
 
 def configure_ray_data() -> None:
