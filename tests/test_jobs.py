@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -192,3 +193,4 @@ def test_a_job_submitted_to_a_cluster_leaves_its_bundle(tmp_path: Path) -> None:
     finally:
         os.killpg(head.pid, 15)
         head.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
