@@ -14,11 +14,11 @@ def complex_parameters(state: dict[str, torch.Tensor], blocks: int) -> dict[str,
     for block in range(blocks):
         layer = f"recurrent.{block}."
         weight = plain.pop(layer + "in_proj.weight")
-        plain[layer + "B"] = weight[0::2] + 1j * weight[1::2]
+        plain[layer + "B"] = weight[: len(weight) // 2] + 1j * weight[len(weight) // 2 :]
         bias = plain.pop(layer + "in_proj.bias")
-        plain[layer + "b"] = bias[0::2] + 1j * bias[1::2]
+        plain[layer + "b"] = bias[: len(bias) // 2] + 1j * bias[len(bias) // 2 :]
         weight = plain.pop(layer + "out_proj.weight")
-        plain[layer + "C"] = weight[:, 0::2] - 1j * weight[:, 1::2]
+        plain[layer + "C"] = weight[:, : weight.shape[1] // 2] - 1j * weight[:, weight.shape[1] // 2 :]
     return plain
 
 

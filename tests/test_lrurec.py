@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from lrurec_dist.errors import LrurecError
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
+from lrurec_dist.model.original import from_original
 from tests.reference import complex_parameters, user_vectors
 
 BLOCKS = 2
@@ -29,37 +31,8 @@ def golden() -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def from_original(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, torch.Tensor]:
-    """Tensors under the original's names, as this package names and stores them.
-
-    Re(C h) = Cr hr - Ci hi: the imaginary part of C is stored negated, and so is its gradient.
-    """
-
-    def get(name: str) -> torch.Tensor:
-        return torch.from_numpy(arrays[prefix + name])
-
-    ours = {
-        "table.weight": get("embedding.token.weight"),
-        "table.bias": get("model.bias"),
-        "norm.weight": get("embedding.layer_norm.weight"),
-        "norm.bias": get("embedding.layer_norm.bias"),
-    }
-    for block in range(BLOCKS):
-        theirs = f"model.lru_blocks.{block}."
-        layer, ffn = f"recurrent.{block}.", f"feed_forward.{block}."
-        ours[layer + "nu_log"], ours[layer + "theta_log"], ours[layer + "gamma_log"] = get(theirs + "lru_layer.params_log")
-        in_weight = get(theirs + "lru_layer.in_proj.weight")
-        ours[layer + "in_proj.weight"] = torch.stack([in_weight.real, in_weight.imag], dim=1).flatten(0, 1)
-        ours[layer + "in_proj.bias"] = torch.view_as_real(get(theirs + "lru_layer.in_proj.bias")).flatten()
-        out_weight = get(theirs + "lru_layer.out_proj.weight")
-        ours[layer + "out_proj.weight"] = torch.stack([out_weight.real, -out_weight.imag], dim=2).flatten(1)
-        ours[layer + "out_proj.bias"] = get(theirs + "lru_layer.out_proj.bias").real
-        for kind in ("weight", "bias"):
-            ours[layer + f"norm.{kind}"] = get(theirs + f"lru_layer.layer_norm.{kind}")
-            ours[ffn + f"norm.{kind}"] = get(theirs + f"feed_forward.layer_norm.{kind}")
-            ours[ffn + f"w_1.{kind}"] = get(theirs + f"feed_forward.w_1.{kind}")
-            ours[ffn + f"w_2.{kind}"] = get(theirs + f"feed_forward.w_2.{kind}")
-    return ours
+def tensors_of(golden: dict[str, np.ndarray], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): torch.from_numpy(array) for name, array in golden.items() if name.startswith(prefix)}
 
 
 @pytest.fixture
@@ -67,7 +40,7 @@ def original(golden: dict[str, np.ndarray]) -> LRURec:
     classes, dim = golden["param/embedding.token.weight"].shape
     hidden = golden["param/model.lru_blocks.0.lru_layer.params_log"].shape[1]
     model = LRURec(num_items=classes - 1, dim=dim, hidden=hidden, blocks=BLOCKS, dropout=0.0)
-    model.load_state_dict(from_original(golden, "param/"))
+    model.load_state_dict(from_original(tensors_of(golden, "param/")))
     return model
 
 
@@ -100,7 +73,7 @@ def test_every_gradient_reproduces_the_original(original: LRURec, golden: dict[s
     table = original.table
     total, count = softmax_loss(original(item_ids, keep), table.weight, table.bias, targets[keep], include_padding_class=True)
     (total / count).backward()
-    expected = from_original(golden, "grad/")
+    expected = from_original(tensors_of(golden, "grad/"))  # linear in the tensors, so gradients convert as weights do
     names = [name for name, _ in original.named_parameters()]
     assert sorted(names) == sorted(expected)
     for name, parameter in original.named_parameters():
@@ -177,7 +150,7 @@ def test_encode_takes_rows_of_every_length_at_once() -> None:
 def test_decay_moduli_start_inside_the_ring_and_gamma_normalises_them() -> None:
     model = LRURec(num_items=5, dim=4, hidden=500, blocks=1, dropout=0.0, ring=(0.8, 0.99))
     layer = model.recurrent[0]
-    modulus = layer.decay().detach().abs()
+    modulus = layer.decay().detach().norm(dim=0)
     assert 0.8 - 1e-5 <= float(modulus.min()) < 0.83
     assert 0.98 < float(modulus.max()) <= 0.99 + 1e-5
     torch.testing.assert_close(torch.exp(layer.gamma_log), torch.sqrt(1 - modulus**2), rtol=1e-3, atol=1e-4)
@@ -200,3 +173,78 @@ def test_dropout_acts_in_training_and_not_in_evaluation() -> None:
     assert torch.equal(model.encode(item_ids), model.encode(item_ids))
     model.train()
     assert not torch.equal(model.encode(item_ids), model.encode(item_ids))
+
+
+@pytest.mark.parametrize("bad", [-1, 31])
+def test_an_id_outside_the_catalogue_is_refused(bad: int) -> None:
+    item_ids = torch.tensor([[1, bad, 3]])
+    with pytest.raises(LrurecError, match=r"item_ids: an id is outside 0\.\.30"):
+        build()(item_ids, torch.ones_like(item_ids, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("item_ids", "keep", "message"),
+    [
+        ([[1, 0, 2]], [[True, True, True]], "item_ids: padding .* after an item"),
+        ([[0, 1, 2]], [[True, False, True]], "keep: a dropped position stands after a kept one"),
+        ([[1, 2, 3]], [[False, True, True]], "keep: an item is dropped"),
+    ],
+)
+def test_positions_that_are_no_left_prefix_are_refused(item_ids: list[list[int]], keep: list[list[bool]], message: str) -> None:
+    with pytest.raises(LrurecError, match=message):
+        build()(torch.tensor(item_ids), torch.tensor(keep))
+
+
+def test_an_empty_batch_and_a_batch_of_padding_give_no_vectors_and_zero_gradients() -> None:
+    model = build()
+    for item_ids in (torch.zeros(0, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.int64)):
+        vectors = model(item_ids, item_ids > 0)
+        assert vectors.shape == (0, 8)
+        total, count = softmax_loss(
+            vectors, model.table.weight, model.table.bias, torch.zeros(0, dtype=torch.int64), include_padding_class=False
+        )
+        model.zero_grad()
+        total.backward()
+        assert (total.item(), count) == (0.0, 0)
+        assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_packing_makes_a_users_vectors_independent_of_the_others_in_the_batch() -> None:
+    model = build()
+    item_ids = torch.tensor([[0, 0, 0, 5, 6], [1, 2, 3, 4, 5], [0, 7, 8, 9, 9]])
+    together = model(item_ids, item_ids > 0)
+    changed = item_ids.clone()
+    changed[1] = torch.tensor([9, 9, 9, 9, 9])
+    others = torch.ones(11, dtype=torch.bool)
+    others[2:7] = False
+    assert torch.equal(model(changed, changed > 0)[others], together[others])
+    assert not torch.equal(model(changed, changed > 0)[~others], together[~others])
+
+
+def test_with_a_temperature_scores_are_cosines_divided_by_it() -> None:
+    model = build()
+    item_ids = torch.tensor([[3, 4, 5]])
+    plain = model.encode(item_ids)
+    model.temperature = 0.05
+    scores = model.encode(item_ids) @ model.item_rows().T + model.table.bias
+    expected = torch.nn.functional.cosine_similarity(plain, model.table.weight) / 0.05 + model.table.bias
+    torch.testing.assert_close(scores[0], expected, rtol=1e-4, atol=1e-4)
+    stepped, _ = model.step(item_ids[:, 0], model.init_state(1))
+    torch.testing.assert_close(stepped, model.encode(item_ids[:, :1]), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_products_keep_a_float32_recurrence_and_stay_near_float32() -> None:
+    model = build()
+    item_ids = torch.randint(1, 31, (8, 30))
+    exact = model(item_ids, item_ids > 0)
+    model.compute_dtype = torch.bfloat16
+    rounded = model(item_ids, item_ids > 0)
+    rounded.square().sum().backward()
+    assert rounded.dtype == torch.float32
+    assert all(
+        parameter.grad is not None and parameter.grad.dtype == torch.float32
+        for name, parameter in model.named_parameters()
+        if name != "table.bias"
+    )
+    difference = ((rounded - exact).norm() / exact.norm()).item()
+    assert 1e-6 < difference < 0.03, "bfloat16 rounds to three digits, and has to be in use"

@@ -1,13 +1,17 @@
-"""Full softmax over the catalogue, streamed: the (targets x items) matrix is never built."""
+"""Softmax over the catalogue, streamed: the (targets x items) matrix is never built."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrurec_dist import PAD_ID
 from lrurec_dist.errors import LrurecError
+from lrurec_dist.model import native
+from lrurec_dist.model.checks import require
 
-TILE_ELEMENTS = 1 << 22  # scores held at a time: 16 MB of float32 stay in a last-level cache
-MIN_ROWS = 64  # below so many targets per tile the products starve; then items are tiled as well
+TILE_ELEMENTS = 3 << 20  # scores held at a time: 12 MB of float32 stay in a last-level cache
+MIN_TARGETS = 64  # below so many targets per tile the products starve
+LINE = 16  # float32 in a cache line: a product whose rows are no multiple of it runs at half the speed
+WIDE_TARGETS = 512  # targets per tile where the catalogue does not fit one beside MIN_TARGETS
 
 
 def softmax_loss(
@@ -17,6 +21,9 @@ def softmax_loss(
     targets: Tensor,
     *,
     include_padding_class: bool,
+    target_weights: Tensor | None = None,
+    unit_rows: bool = False,
+    product_dtype: torch.dtype | None = None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> tuple[Tensor, int]:
     """Sum of cross entropies of the targets against every item, and how many there are.
@@ -27,7 +34,10 @@ def softmax_loss(
         bias: (num_items + 1,) item biases.
         targets: (targets,) int64 in 1..num_items.
         include_padding_class: count row `PAD_ID` as one more class, as the original does.
-        tile_elements: scores held at a time.
+        target_weights: (targets,) factors of the targets' cross entropies; 1 when None.
+        unit_rows: score with rows scaled to length 1, without a scaled copy of the table.
+        product_dtype: of the factors of every product, the vectors' own when None; sums are float32.
+        tile_elements: scores held at a time, about.
 
     Returns:
         The sum, a scalar, and the number of targets; (0, 0) without targets. The caller divides
@@ -36,58 +46,176 @@ def softmax_loss(
     Gradients are computed on the way forward, while a tile of scores is at hand, so that each score
     is computed once where the catalogue fits a tile, twice where it does not. Memory: one tile and
     the gradients.
+
+    Raises:
+        LrurecError: shapes do not fit, or a target is not an item.
     """
-    if targets.numel() and (int(targets.min()) <= PAD_ID or int(targets.max()) >= weight.shape[0]):
-        raise LrurecError(
-            f"targets run from {int(targets.min())} to {int(targets.max())}; the catalogue from 1 to {weight.shape[0] - 1}"
-        )
+    check_loss_inputs(vectors, weight, bias, targets)
+    if target_weights is not None and target_weights.shape != targets.shape:
+        raise LrurecError(f"target_weights {tuple(target_weights.shape)} has to be (targets,) = {tuple(targets.shape)}")
     first_class = PAD_ID if include_padding_class else PAD_ID + 1
-    total: Tensor = _StreamedSoftmax.apply(vectors, weight, bias, targets, first_class, tile_elements)
+    total: Tensor = _StreamedSoftmax.apply(
+        vectors, weight, bias, targets, target_weights, first_class, unit_rows, product_dtype, tile_elements
+    )
     return total, targets.numel()
 
 
-class _StreamedSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vectors, weight, bias, targets, first_class, tile_elements):  # type: ignore[no-untyped-def]
-        with_gradient = any(ctx.needs_input_grad[:3])
-        grad_vectors, grad_weight, grad_bias = (torch.zeros_like(x) if with_gradient else x for x in (vectors, weight, bias))
-        num_rows, num_classes = targets.numel(), weight.shape[0]
-        rows = min(max(MIN_ROWS, tile_elements // num_classes), max(1, num_rows))
-        columns = max(1, tile_elements // rows)
-        tiles = [(begin, min(begin + columns, num_classes)) for begin in range(first_class, num_classes, columns)]
-        total = vectors.new_zeros(())
+def check_loss_inputs(vectors: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None:
+    """Refuse shapes that do not fit each other and targets that are no items.
 
-        for begin in range(0, num_rows, rows):
-            user, target = vectors[begin : begin + rows], targets[begin : begin + rows]
-            target_score = (user * weight[target]).sum(1) + bias[target]
-            highest = torch.full_like(target_score, -torch.inf)
-            exp_sum = torch.zeros_like(target_score)
+    Raises:
+        LrurecError: either.
+    """
+    if vectors.shape != (targets.numel(), weight.shape[1]) or bias.shape != weight.shape[:1]:
+        raise LrurecError(
+            f"vectors {tuple(vectors.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)} and targets "
+            f"{tuple(targets.shape)} have to be (targets, dim), (classes, dim), (classes,) and (targets,)"
+        )
+    require(
+        (targets > PAD_ID) & (targets < weight.shape[0]),
+        f"targets: one lies outside the catalogue, which runs from 1 to {weight.shape[0] - 1}",
+    )
+
+
+class _StreamedSoftmax(torch.autograd.Function):
+    """Tiles are (items, targets): item rows come first in every product, the faster way round on CPUs."""
+
+    @staticmethod
+    def forward(ctx, vectors, weight, bias, targets, target_weights, first_class, unit_rows, product_dtype, tile_elements):  # type: ignore[no-untyped-def]
+        with_gradient = any(ctx.needs_input_grad[:3])
+        total = vectors.new_zeros(())
+        num_targets, num_classes = targets.numel(), weight.shape[0] - first_class
+        # Targets of factor zero fill the last cache line; they add nothing to any sum.
+        padding = -num_targets % LINE
+        factors = nn.functional.pad(
+            torch.ones_like(targets, dtype=total.dtype) if target_weights is None else target_weights, (0, padding)
+        )
+        vectors, targets = (
+            nn.functional.pad(vectors, (0, 0, 0, padding)),
+            nn.functional.pad(targets, (0, padding), value=PAD_ID + 1),
+        )
+        items = _Items(weight, bias, unit_rows, product_dtype or weight.dtype)
+        rows, columns = tile_shape(num_targets, num_classes, tile_elements)
+        tiles = [(low, min(low + columns, len(weight))) for low in range(first_class, len(weight), columns)]
+        grads = tuple(torch.zeros_like(x) for x in (vectors, weight, bias)) if with_gradient else ()
+
+        for begin in range(0, num_targets, rows):
+            here = slice(begin, begin + rows)
+            user, target, factor = vectors[here], targets[here], factors[here]
+            target_score = (user * items.rows_of(target)).sum(1) + bias[target]
+            highest, exp_sum = torch.full_like(target_score, -torch.inf), torch.zeros_like(target_score)
             for low, high in tiles:
-                scores = torch.addmm(bias[low:high], user, weight[low:high].T)
-                new_highest = torch.maximum(highest, scores.amax(1))
-                exp_sum *= torch.exp(highest - new_highest)
-                scores.sub_(new_highest[:, None]).exp_()
-                exp_sum += scores.sum(1)
-                highest = new_highest
-            total += (torch.log(exp_sum) + highest - target_score).sum()
+                tile = items.exponentials(low, high, user, highest, exp_sum)
+            total += ((torch.log(exp_sum) + highest - target_score) * factor).sum()
             if not with_gradient:
                 continue
+            grad_vectors, grad_weight, grad_bias = grads
+            # exp(score - highest) / exp_sum is the probability; the division goes into the users,
+            # few numbers, and not over the tile
+            scale = factor / exp_sum
             for low, high in tiles:
                 if len(tiles) > 1:
-                    scores = torch.addmm(bias[low:high], user, weight[low:high].T).sub_(highest[:, None]).exp_()
-                probability = scores.div_(exp_sum[:, None])
-                here = ((target >= low) & (target < high)).nonzero().squeeze(1)
-                probability[here, target[here] - low] -= 1
-                grad_vectors[begin : begin + rows].addmm_(probability, weight[low:high])
-                grad_weight[low:high].addmm_(probability.T, user)
-                grad_bias[low:high] += probability.sum(0)
-        ctx.gradients = (grad_vectors, grad_weight, grad_bias)
+                    tile = items.exponentials(low, high, user, highest, None)
+                items.multiply(tile, low, high, user * scale[:, None], grad_vectors[here], grad_weight[low:high])
+                grad_bias[low:high] += torch.mv(tile, scale.to(tile.dtype))
+            grad_vectors[here] *= scale[:, None]
+            grad_vectors[here] -= items.rows_of(target) * factor[:, None]
+            grad_weight.index_add_(0, target, user * -factor[:, None])
+            grad_bias.index_add_(0, target, -factor)
+        if with_gradient:
+            items.finish(grads[1])
+            grads = (grads[0][:num_targets], *grads[1:])
+        ctx.gradients = grads
         return total
 
     @staticmethod
     def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
         gradients = tuple(
-            gradient * grad_total if needed else None
+            gradient.mul_(grad_total) if needed else None
             for gradient, needed in zip(ctx.gradients, ctx.needs_input_grad[:3], strict=True)
         )
-        return (*gradients, None, None, None)
+        del ctx.gradients  # scaled in place: this function is differentiated once
+        return (*gradients, None, None, None, None, None, None)
+
+
+def tile_shape(num_targets: int, num_classes: int, tile_elements: int) -> tuple[int, int]:
+    """Targets and items per tile: all items where `MIN_TARGETS` fit beside them, else few items beside many targets."""
+    if MIN_TARGETS * num_classes <= 2 * tile_elements:
+        rows, columns = max(MIN_TARGETS, tile_elements // max(1, num_classes)), max(1, num_classes)
+    else:
+        rows = max(1, min(num_targets, WIDE_TARGETS))
+        columns = max(1, tile_elements // rows)
+    blocks = max(1, -(-num_targets // rows))
+    return -(-max(1, num_targets) // (blocks * LINE)) * LINE, columns
+
+
+class _Items:
+    """Item rows as the products take them: as they are or of unit length, in the type of the products."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, unit_rows: bool, dtype: torch.dtype) -> None:
+        self.weight, self.bias, self.dtype = weight, bias, dtype
+        self.inverse_norm = weight.norm(dim=1).clamp_min(1e-12).reciprocal() if unit_rows else None
+        self.native = weight.is_cpu and weight.dtype == torch.float32 and native.load() is not None
+
+    def rows_of(self, item_ids: Tensor) -> Tensor:
+        """(targets, dim) rows of item_ids (targets,)."""
+        rows = self.weight[item_ids]
+        return rows if self.inverse_norm is None else rows * self.inverse_norm[item_ids, None]
+
+    def exponentials(self, low: int, high: int, user: Tensor, highest: Tensor, exp_sum: Tensor | None) -> Tensor:
+        """(items, targets) exp(score - highest) of items low..high, in the type of the products.
+
+        With exp_sum, both (targets,) are first and in place brought to include this tile.
+        """
+        scores = _product(self._rows(low, high), user.T, self.dtype)
+        if self.native:
+            rounded = None if self.dtype == torch.float32 else torch.empty_like(scores, dtype=self.dtype)
+            native.softmax_tile(scores, self.bias[low:high], highest, exp_sum, rounded)
+            return scores if rounded is None else rounded
+        scores += self.bias[low:high, None]
+        if exp_sum is None:
+            return scores.sub_(highest).exp_().to(self.dtype)
+        before = highest.clone()
+        torch.maximum(highest, scores.amax(0), out=highest)
+        exp_sum *= torch.exp(before - highest)
+        exp_sum += scores.sub_(highest).exp_().sum(0)
+        return scores.to(self.dtype)
+
+    def multiply(self, tile: Tensor, low: int, high: int, scaled_user: Tensor, grad_user: Tensor, grad_rows: Tensor) -> None:
+        """Add both products of the backward pass: tile^T rows and tile users."""
+        if self.dtype == grad_rows.dtype:
+            grad_user.addmm_(tile.T, self._rows(low, high))
+            grad_rows.addmm_(tile, scaled_user)
+        else:
+            grad_user += torch.mm(tile.T, self._rows(low, high).to(self.dtype))
+            grad_rows += torch.mm(tile, scaled_user.to(self.dtype))
+
+    def _rows(self, low: int, high: int) -> Tensor:
+        rows = self.weight[low:high]
+        return rows if self.inverse_norm is None else rows * self.inverse_norm[low:high, None]
+
+    def finish(self, grad_weight: Tensor) -> None:
+        """Carry the gradient of unit rows over to the rows themselves, in place."""
+        if self.inverse_norm is None:
+            return
+        rows = max(1, TILE_ELEMENTS // self.weight.shape[1])
+        for low in range(0, len(self.weight), rows):
+            here = slice(low, low + rows)
+            unit = self._rows(low, low + rows)
+            gradient = grad_weight[here]
+            gradient -= (gradient * unit).sum(1, keepdim=True) * unit
+            gradient *= self.inverse_norm[here, None]
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right with factors in `dtype` and sums and result in the factors' present type."""
+    if dtype == left.dtype:
+        return torch.mm(left, right)
+    if left.is_cuda:
+        return torch.mm(left.to(dtype), right.to(dtype), out_dtype=left.dtype)
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        return torch.mm(left, right)
+    finally:
+        matmul.fp32_precision = before

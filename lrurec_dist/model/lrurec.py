@@ -2,8 +2,8 @@
 
 Zhenrui Yue et al., Linear Recurrent Units for Sequential Recommendation, WSDM 2024,
 arXiv 2310.02367. All parameters are real: B and C of the recurrence are real matrices of twice the
-width, with the real and imaginary part of each hidden unit side by side, so that a projection is
-one real product and the complex view costs nothing.
+width, first the real parts and then the imaginary ones, so that a projection is one real product
+and its result is the two planes the scan works on.
 """
 
 import math
@@ -12,10 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lrurec_dist import PAD_ID
+from lrurec_dist.model.checks import require
+from lrurec_dist.model.dropout import Dropout
 from lrurec_dist.model.item_table import ItemTable
 from lrurec_dist.model.scan import parallel_scan
 
 RECURRENCE = ("nu_log", "theta_log", "gamma_log")  # float32 always, no weight decay by default
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """x W^T + b computed in `dtype`; parameters keep their own."""
+    return nn.functional.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
 class RecurrentLayer(nn.Module):
@@ -30,21 +37,24 @@ class RecurrentLayer(nn.Module):
         self.gamma_log = nn.Parameter(0.5 * torch.log1p(-squared_modulus))
         self.in_proj = nn.Linear(dim, 2 * hidden)
         self.out_proj = nn.Linear(2 * hidden, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
     def decay(self) -> Tensor:
-        """(hidden,) complex64, modulus below 1 by construction."""
-        return torch.exp(torch.complex(-torch.exp(self.nu_log), torch.exp(self.theta_log)))
+        """(2, hidden) real and imaginary part, modulus below 1 by construction."""
+        modulus, angle = torch.exp(-torch.exp(self.nu_log)), torch.exp(self.theta_log)
+        return torch.stack([modulus * torch.cos(angle), modulus * torch.sin(angle)])
 
-    def drive(self, x: Tensor) -> Tensor:
-        """gamma * (B x + b): (..., dim) to (..., hidden) complex."""
-        projected = self.in_proj(x).unflatten(-1, (-1, 2))
-        return torch.view_as_complex(projected * torch.exp(self.gamma_log)[:, None])
+    def drive(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """gamma * (B x + b): (rows, dim) to (rows, 2, hidden)."""
+        # gamma goes into the few weights, not over the many rows
+        gamma = torch.exp(self.gamma_log).repeat(2)
+        weight, bias = self.in_proj.weight * gamma[:, None], self.in_proj.bias * gamma
+        return _project(x, weight, bias, dtype).unflatten(-1, (2, -1))
 
-    def read(self, states: Tensor, x: Tensor) -> Tensor:
-        """LayerNorm(dropout(Re(C h)) + x) for states (..., hidden) complex and x (..., dim)."""
-        return self.norm(self.dropout(self.out_proj(torch.view_as_real(states).flatten(-2))) + x)
+    def read(self, states: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """LayerNorm(dropout(Re(C h)) + x) for states (rows, 2, hidden) and x (rows, dim)."""
+        return self.norm(self.dropout(_project(states.flatten(1), self.out_proj.weight, self.out_proj.bias, dtype)) + x)
 
 
 class FeedForward(nn.Module):
@@ -54,11 +64,13 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w_1 = nn.Linear(dim, 4 * dim)
         self.w_2 = nn.Linear(4 * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.activation = Dropout(dropout, gelu=True)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.dropout(self.w_2(self.dropout(nn.functional.gelu(self.w_1(x))))) + x)
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        inner = self.activation(_project(x, self.w_1.weight, self.w_1.bias, dtype))
+        return self.norm(self.dropout(_project(inner, self.w_2.weight, self.w_2.bias, dtype)) + x)
 
 
 class LRURec(nn.Module):
@@ -71,18 +83,31 @@ class LRURec(nn.Module):
         blocks: recurrent + feed-forward pairs.
         dropout: probability, on embeddings and inside both layers.
         ring: decay moduli start uniformly (in area) between these two.
+        temperature: above 0, an item's score is cosine / temperature + bias instead of product + bias.
+        compute_dtype: of projections and feed-forward, the parameters' own when None. Item rows,
+            residual path, LayerNorm and the recurrence keep the parameters' type under bfloat16.
 
     Parameters are drawn from torch's global generator: seed it for a repeatable model. As in the
     original, all but LayerNorm and the recurrence are truncated normal, std 0.02 within +-0.04.
     """
 
     def __init__(
-        self, *, num_items: int, dim: int, hidden: int, blocks: int, dropout: float, ring: tuple[float, float] = (0.8, 0.99)
+        self,
+        *,
+        num_items: int,
+        dim: int,
+        hidden: int,
+        blocks: int,
+        dropout: float,
+        ring: tuple[float, float] = (0.8, 0.99),
+        temperature: float = 0.0,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.hidden = hidden
+        self.temperature, self.compute_dtype = temperature, compute_dtype
         self.table = ItemTable(num_items, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
         self.recurrent = nn.ModuleList(RecurrentLayer(dim, hidden, dropout, ring) for _ in range(blocks))
         self.feed_forward = nn.ModuleList(FeedForward(dim, dropout) for _ in range(blocks))
@@ -95,26 +120,44 @@ class LRURec(nn.Module):
 
         Args:
             item_ids: (batch, length) int64, `PAD_ID` only on a left prefix.
-            keep: (batch, length) bool, True wherever item_ids is not `PAD_ID`. A kept padding
-                position gives the vector of a user without history.
+            keep: (batch, length) bool, False only on a left prefix, True wherever item_ids is not
+                `PAD_ID`. A kept padding position gives the vector of a user without history.
 
         Returns:
-            (keep.sum(), dim): vectors in row-major order of the kept positions.
+            (keep.sum(), dim): vectors in row-major order of the kept positions, always float32 or
+            the parameters' own type.
 
-        Only kept positions enter projections, so padding costs nothing there; padding never drives
-        the recurrence, so more of it changes nothing.
+        Only kept positions enter projections, recurrence and feed-forward, so padding costs and
+        changes nothing.
+
+        Raises:
+            LrurecError: an id outside the catalogue, or padding that is not a left prefix.
         """
-        batch, length = item_ids.shape
-        positions = keep.flatten().nonzero().squeeze(1)
-        kept_ids = item_ids.flatten()[positions]
-        is_item = (kept_ids != PAD_ID).unsqueeze(1)
+        is_item = item_ids != PAD_ID
+        require(
+            (item_ids >= PAD_ID) & (item_ids <= self.table.num_items),
+            f"item_ids: an id is outside 0..{self.table.num_items}, the catalogue",
+        )
+        require(is_item[:, :-1] <= is_item[:, 1:], f"item_ids: padding ({PAD_ID}) stands after an item; it belongs on the left")
+        require(keep[:, :-1] <= keep[:, 1:], "keep: a dropped position stands after a kept one; rows keep a suffix")
+        require(is_item <= keep, "keep: an item is dropped; every item drives the recurrence")
+        kept_ids = item_ids.flatten()[keep.flatten().nonzero().squeeze(1)]
+        end = keep.sum(1).cumsum(0)
+        spans = torch.stack([end - is_item.sum(1), end], dim=1)  # kept padding stays outside, in the state zero
+
+        dtype = self.compute_dtype or self.table.weight.dtype
         x = self.norm(self.dropout(self.table(kept_ids)))
         for recurrent, feed_forward in self.layers():
-            drive = recurrent.drive(x) * is_item
-            inputs = drive.new_zeros(batch * length, self.hidden).index_copy(0, positions, drive)
-            states = parallel_scan(recurrent.decay(), inputs.view(batch, length, self.hidden))
-            x = feed_forward(recurrent.read(states.flatten(0, 1).index_select(0, positions), x))
-        return x
+            states = parallel_scan(recurrent.decay(), recurrent.drive(x, dtype), spans)
+            x = feed_forward(recurrent.read(states, x, dtype), dtype)
+        return self._user_vectors(x)
+
+    def _user_vectors(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=1) / self.temperature if self.temperature else x
+
+    def item_rows(self) -> Tensor:
+        """(num_items + 1, dim): a user vector times these plus the item biases are the scores."""
+        return nn.functional.normalize(self.table.weight, dim=1) if self.temperature else self.table.weight
 
     def layers(self) -> "list[tuple[RecurrentLayer, FeedForward]]":
         """The blocks, first to last."""
@@ -131,24 +174,25 @@ class LRURec(nn.Module):
         return self(item_ids, keep)[last]
 
     def init_state(self, batch: int) -> Tensor:
-        """(blocks, batch, hidden) complex64: the state before the first event."""
-        parameter = self.table.weight
-        return torch.zeros(len(self.recurrent), batch, self.hidden, dtype=torch.complex64, device=parameter.device)
+        """(blocks, batch, 2, hidden) float32: the state before the first event, real and imaginary plane."""
+        return self.table.weight.new_zeros(len(self.recurrent), batch, 2, self.hidden)
 
     def step(self, item_ids: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One more event per user, at a cost that does not depend on the history's length.
 
         Args:
             item_ids: (batch,) int64 in 1..num_items.
-            state: (blocks, batch, hidden) complex64.
+            state: (blocks, batch, 2, hidden) float32.
 
         Returns:
             User vectors (batch, dim) and the new state. Equals `encode` of the whole history
             within float32 rounding.
         """
+        dtype = self.compute_dtype or self.table.weight.dtype
+        spans = torch.arange(len(item_ids), device=item_ids.device)[:, None] + torch.arange(2, device=item_ids.device)
         x = self.norm(self.dropout(self.table(item_ids)))
         new_state = []
         for layer, (recurrent, feed_forward) in enumerate(self.layers()):
-            new_state.append(recurrent.decay() * state[layer] + recurrent.drive(x))
-            x = feed_forward(recurrent.read(new_state[-1], x))
-        return x, torch.stack(new_state)
+            new_state.append(parallel_scan(recurrent.decay(), recurrent.drive(x, dtype), spans, state[layer]))
+            x = feed_forward(recurrent.read(new_state[-1], x, dtype), dtype)
+        return self._user_vectors(x), torch.stack(new_state)
