@@ -36,6 +36,8 @@ def requirements(extra: str) -> Iterator[Requirement]:
         sys.exit(f"{extra}: no such extra; there are base, {', '.join(extras)}")
     for text in listed:
         requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate():
+            continue  # for another platform
         if requirement.name == PROJECT["project"]["name"]:
             for name in requirement.extras:
                 yield from requirements(name)

@@ -95,10 +95,12 @@ class ModelConfig:
     dropout: float = 0.2
     ring_min: float = 0.8  # decay moduli start between these two
     ring_max: float = 0.99
+    temperature: float = 0.0  # above 0: scores are cosine / temperature + bias, e.g. 0.05
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden", "blocks"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "needs at least 1")
+        _require(0 <= self.temperature < math.inf, "model.temperature", self.temperature, "has to be 0 or positive and finite")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "is a probability below 1")
         _require(
             0 <= self.ring_min < self.ring_max < 1,
@@ -110,9 +112,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Softmax over the catalogue."""
+    """Softmax over the whole catalogue, or over a sample of it."""
 
-    include_padding_class: bool = True  # as the original does; False leaves PAD_ID out of the softmax
+    include_padding_class: bool = False  # True: PAD_ID is one more class of the full softmax, as in the original
+    negatives: int = 0  # items sampled per step and shared by all its targets; 0: the whole catalogue
+    sampling: Literal["counts", "log_uniform", "uniform"] = "counts"  # probability of a negative; corrected by logQ
+
+    def __post_init__(self) -> None:
+        _require(self.negatives >= 0, "loss.negatives", self.negatives, "cannot be negative; 0 takes the whole catalogue")
+        _require(
+            not (self.negatives and self.include_padding_class),
+            "loss.negatives",
+            self.negatives,
+            "padding is never sampled; set loss.include_padding_class=false",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +137,7 @@ class TrainConfig:
     cpus_per_worker: float = 0.5  # logical CPUs Ray reserves; the rest is left to data tasks
     threads_per_worker: int = 0  # torch threads on CPU; 0: this machine's cores / workers
     zero_stage: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"  # of products; sums, recurrence and parameters stay float32
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     decay_recurrence: bool = False  # True: nu, theta and gamma take weight decay, as in the original

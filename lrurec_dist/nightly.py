@@ -327,7 +327,7 @@ def _golden_answers(dataset: SequenceDataset, model: Any, config: Config) -> Gol
     pairs = [(row, item) for row, history in enumerate(histories) for item in history.tolist() if config.evaluate.exclude_history]
     rows, ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
     with torch.inference_mode():
-        best, scores = top_k(model.encode(item_ids), model.table.weight, model.table.bias, GOLDEN_K, rows, ids)
+        best, scores = top_k(model.encode(item_ids), model.item_rows(), model.table.bias, GOLDEN_K, rows, ids)
     return GoldenAnswers([dataset.catalogue.keys_of(history) for history in histories], best, scores)
 
 

@@ -96,7 +96,7 @@ def test_early_stopping_ends_training_and_keeps_the_best(tmp_path: Path, dataset
 
 
 def test_a_diverging_loss_is_named_with_step_and_rate(tmp_path: Path, dataset_url: str) -> None:
-    with pytest.raises(DivergenceError, match=r"loss is (nan|inf).*before step 5, train\.learning_rate=1e\+30"):
+    with pytest.raises(DivergenceError, match=r"loss is (nan|inf).*before step [1-5], train\.learning_rate=1e\+30"):
         launch_training(configure(tmp_path, dataset_url, "train.learning_rate=1e30"))
 
 

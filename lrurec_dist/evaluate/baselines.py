@@ -22,6 +22,10 @@ class Popularity(nn.Module):
         self.table.weight = nn.Parameter(counts.double().unsqueeze(1), requires_grad=False)
         self.table.bias = nn.Parameter(torch.zeros(len(counts), dtype=torch.float64), requires_grad=False)
 
+    def item_rows(self) -> Tensor:
+        """(num_items + 1, 1): the counts."""
+        return self.table.weight
+
     def encode(self, item_ids: Tensor) -> Tensor:
         """(batch, 1) ones: whoever asks gets the same scores."""
         return torch.ones(len(item_ids), 1, dtype=torch.float64, device=item_ids.device)

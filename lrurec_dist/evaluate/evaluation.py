@@ -29,6 +29,8 @@ class Encoder(Protocol):
 
     def encode(self, item_ids: Tensor) -> Tensor: ...
 
+    def item_rows(self) -> Tensor: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankingProtocol:
@@ -45,7 +47,7 @@ class RankingProtocol:
 def rank_shard(model: Encoder, shard: SequenceShard, protocol: RankingProtocol) -> RankCounts:
     """Count the target ranks of every evaluable user in a shard."""
     counts = RankCounts(protocol.deepest)
-    weight, bias = model.table.weight, model.table.bias
+    weight, bias = model.item_rows(), model.table.bias
     for batch in iter_evaluation_batches(
         shard, split=protocol.split, max_length=protocol.max_length, batch_size=protocol.batch_size
     ):

@@ -29,6 +29,7 @@ class Recommender:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
+        self._item_rows = bundle.model.item_rows()
         self.version = bundle.version
         self.num_items = len(bundle.item_keys)
         self.unknown_items = 0  # history items skipped so far because the catalogue does not know them
@@ -86,7 +87,7 @@ class Recommender:
         rows = torch.tensor([row for row, history in enumerate(excluded) for _ in history], dtype=torch.int64)
         ids = torch.tensor([item for history in excluded for item in history], dtype=torch.int64)
         table = self._bundle.model.table
-        return top_k(self._bundle.model.encode(item_ids), table.weight, table.bias, k, rows, ids)
+        return top_k(self._bundle.model.encode(item_ids), self._item_rows, table.bias, k, rows, ids)
 
     def _known_ids(self, history: Sequence[str | int]) -> list[int]:
         keys = self._bundle.item_keys

@@ -15,6 +15,7 @@ from torch import Tensor
 from lrurec_dist import collectives
 from lrurec_dist.errors import CheckpointError
 from lrurec_dist.model.lrurec import RECURRENCE, LRURec
+from lrurec_dist.train.optimizer import adamw
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -55,18 +56,16 @@ class Engine:
             {"params": [p for name, p in named if not name.endswith(exempt_names)], "weight_decay": weight_decay},
             {"params": [p for name, p in named if name.endswith(exempt_names)], "weight_decay": 0.0},
         ]
+        optimizer = adamw(groups, learning_rate=learning_rate, epsilon=epsilon)
         config = {
             "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches are cut by our data order
             "gradient_accumulation_steps": 1,
             "steps_per_print": 2**31,
             "gradient_clipping": clip_norm,
             "zero_optimization": {"stage": zero_stage},
-            "optimizer": {
-                "type": "AdamW",
-                "params": {"lr": learning_rate, "eps": epsilon, "weight_decay": weight_decay, "torch_adam": True},
-            },
+            "zero_allow_untested_optimizer": True,  # DeepSpeed lists Adam, its parent class, by exact type
         }
-        self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._named = named
         self._zero_stage = zero_stage
         self.model = model
@@ -150,7 +149,7 @@ class Engine:
         for group in self._inner.param_groups:
             for parameter in group["params"]:
                 self._inner.state[parameter] = {
-                    "step": torch.zeros(()),
+                    "step": torch.zeros((), device=parameter.device),  # the fused step counts where the parameter is
                     **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
                 }
         if self._zero_stage > 0:

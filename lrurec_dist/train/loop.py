@@ -16,11 +16,12 @@ from lrurec_dist.config import Config
 from lrurec_dist.data.batches import TrainingBatch
 from lrurec_dist.data.feed import iter_training_batches
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.errors import DivergenceError
+from lrurec_dist.errors import DivergenceError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard
 from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
+from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from lrurec_dist.train.engine import Engine
@@ -56,11 +57,15 @@ class _Worker:
             "blocks": config.model.blocks,
             "dropout": config.model.dropout,
             "ring": [config.model.ring_min, config.model.ring_max],
+            "temperature": config.model.temperature,
         }
         torch.manual_seed(config.seed)
         options = config.train
+        # None: products in the parameters' own type
+        self.product_dtype = None if options.precision == "float32" else torch.bfloat16
+        self.sampler = self._sampler() if config.loss.negatives else None
         self.engine = Engine(
-            LRURec(**self.shape).to(device),
+            LRURec(**self.shape, compute_dtype=self.product_dtype).to(device),
             device=device,
             zero_stage=options.zero_stage,
             learning_rate=options.learning_rate,
@@ -141,13 +146,38 @@ class _Worker:
         item_ids = torch.from_numpy(batch.item_ids).to(self.device)
         targets = torch.from_numpy(batch.targets).to(self.device)
         keep = targets > 0
-        vectors = self.engine(item_ids, keep)
-        table = self.engine.model.table
-        loss_sum, num_targets = softmax_loss(
-            vectors, table.weight, table.bias, targets[keep], include_padding_class=self.config.loss.include_padding_class
-        )
+        try:
+            vectors = self.engine(item_ids, keep)
+        except LrurecError as error:  # a batch of ours is sound, so it is the parameters that ran away
+            raise DivergenceError(
+                f"loss is nan before step {self.progress.step + 1}, train.learning_rate={self.config.train.learning_rate:g}: {error}; "
+                "lower the rate, or resume from the last checkpoint"
+            ) from error
+        loss_sum, num_targets = self._loss(vectors, targets[keep])
         self.engine.step(loss_sum, batch.num_targets)
         return loss_sum.detach(), num_targets, int(keep.sum()), keep.numel()
+
+    def _loss(self, vectors: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+        model, options = self.engine.model, self.config.loss
+        if self.sampler is None:
+            return softmax_loss(
+                vectors,
+                model.table.weight,
+                model.table.bias,
+                targets,
+                include_padding_class=options.include_padding_class,
+                unit_rows=bool(model.temperature),
+                product_dtype=self.product_dtype,
+            )
+        # one sample for all ranks, so that the loss does not depend on how many there are
+        negatives = self.sampler.draw(options.negatives, hash((self.config.seed, self.progress.step)) % 2**63)
+        log_probability = self.sampler.log_probability
+        return sampled_softmax_loss(vectors, model.item_rows(), model.table.bias, targets, negatives, log_probability)
+
+    def _sampler(self) -> NegativeSampler:
+        counts = torch.zeros(self.dataset.num_items + 1)
+        counts[1:] = torch.from_numpy(self.dataset.catalogue.table["count"].to_numpy())
+        return NegativeSampler(counts.to(self.device), self.config.loss.sampling)
 
     def _report_window(self, window: "_Window") -> None:
         loss_sum, num_targets, real, padded, waiting_s = collectives.all_reduce_sum(window.totals()).tolist()
