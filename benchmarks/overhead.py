@@ -2,11 +2,11 @@
 
     python benchmarks/overhead.py [config.yaml] [key=value ...]
 
-One worker, as many threads as the configuration says (default 1, so that Ray Data's tasks have the
-other core of a small machine). The bare loop has its batches in memory and nothing else to do:
-model, loss, clipping, AdamW. Both go through the same batches, in turn three times, each in a
-process of its own; a figure is the time of the last 100 of 120 steps. Without arguments: the
-quickstart's configuration on a larger synthetic log.
+One worker, on every core but one and on every core: Ray's own dozen of idle processes takes about a
+tenth of a core, which a training that leaves them none has to give up. The bare loop has its batches in memory and nothing else to do: model,
+loss, clipping, AdamW. Both go through the same batches, in turn TURNS times, each in a process of
+its own; a figure is the time of the steps after FIRST. Without arguments: a synthetic log of the
+size of ML-1M.
 """
 
 import itertools
@@ -19,49 +19,52 @@ import tempfile
 import time
 from pathlib import Path
 
+import ray
 import torch
 
 from lrurec_dist.config import Config, load_config
-from lrurec_dist.data.batches import TrainingBatch, iter_group_batches
+from lrurec_dist.data.batches import DataOrder, TrainingBatch, iter_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
-from lrurec_dist.reporting import METRICS, format_table, say
+from lrurec_dist.reporting import METRICS, MetricsFile, format_table, say
+from lrurec_dist.train.launch import launch_training
 from lrurec_dist.train.optimizer import adamw
 from lrurec_dist.train.process import keep_freed_memory
 
-STEPS, FIRST, TURNS = 120, 20, 3
+STEPS, FIRST, TURNS = 80, 20, 3
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULTS = ["synthetic.users=6000", "synthetic.items=3400", "synthetic.mean_length=80", "batch.max_length=100"]
+DEFAULTS = [
+    "train.workers=1",
+    f"train.max_steps={STEPS}",
+    f"train.validate_every={STEPS}",
+    f"train.report_every={FIRST}",
+    "synthetic.users=6000",
+    "synthetic.items=3400",
+    "synthetic.mean_length=80",
+    "batch.max_length=100",
+    "model.dropout=0.2",
+]
 
 
 def batches_of(config: Config) -> list[TrainingBatch]:
     """The first STEPS batches that training sees on one worker."""
-    dataset = SequenceDataset(config.dataset_url)
-    groups = -(-len(dataset.shard_names) // config.batch.shards_mixed)
-    stream = itertools.chain.from_iterable(
-        iter_group_batches(
-            dataset,
-            epoch=epoch,
-            group=group,
-            seed=config.seed,
-            shards_mixed=config.batch.shards_mixed,
-            global_batch_size=config.batch.global_batch_size,
-            max_length=config.batch.max_length,
-            first_item_is_target=config.batch.first_item_is_target,
-            rank=0,
-            world_size=1,
-        )
-        for epoch in itertools.count()
-        for group in range(groups)
+    options = config.batch
+    order = DataOrder(
+        seed=config.seed,
+        shards_mixed=options.shards_mixed,
+        global_batch_size=options.global_batch_size,
+        max_length=options.max_length,
+        first_item_is_target=options.first_item_is_target,
     )
-    return list(itertools.islice(stream, STEPS))
+    dataset = SequenceDataset(config.dataset_url)
+    return list(itertools.islice(iter_batches(dataset, order, epoch=0, first_batch=0, rank=0, world_size=1), STEPS))
 
 
 def bare(config: Config) -> float:
     """Milliseconds a step of the bare loop."""
     keep_freed_memory()
-    torch.set_num_threads(config.train.threads_per_worker)
+    torch.set_num_threads(config.train.threads_per_worker or os.cpu_count() or 1)
     batches = [(torch.from_numpy(batch.item_ids), torch.from_numpy(batch.targets)) for batch in batches_of(config)]
     options, train = config.model, config.train
     torch.manual_seed(config.seed)
@@ -84,45 +87,52 @@ def bare(config: Config) -> float:
     return (time.perf_counter() - started) / (STEPS - FIRST) * 1e3
 
 
-def job(arguments: list[str], run_dir: str) -> float:
-    """Milliseconds a step of the training job, everything between two reports included."""
-    limits = [f"train.max_steps={STEPS}", f"train.validate_every={STEPS}", f"train.report_every={FIRST}", f"run_dir={run_dir}"]
-    command = [sys.executable, str(ROOT / "jobs" / "train.py"), *arguments, *limits]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"})  # noqa: S603
-    records = [json.loads(line) for line in (Path(run_dir) / METRICS).read_text().splitlines()]
-    times = {record["step"]: record["time"] for record in records if record["kind"] == "train"}
+def under_ray(config: Config) -> float:
+    """Milliseconds a step under Ray Train and DeepSpeed, everything between two reports included."""
+    ray.init(address="local", num_cpus=os.cpu_count(), logging_level="ERROR", log_to_driver=False)
+    launch_training(config)
+    times = {
+        record["step"]: record["time"]
+        for record in MetricsFile(f"{config.run_dir}/{METRICS}").read()
+        if "targets_per_s" in record
+    }
     return (times[STEPS] - times[FIRST]) / (STEPS - FIRST) * 1e3
 
 
 def main() -> None:
     """Measure, print a table, and one line of JSON."""
-    if sys.argv[1:2] == ["--bare"]:
-        path, *overrides = sys.argv[2:]
-        say(str(bare(load_config(path, overrides))))
+    if sys.argv[1:2] in (["bare"], ["ray"]):
+        config = load_config(sys.argv[2], sys.argv[3:])
+        say(str(bare(config) if sys.argv[1] == "bare" else under_ray(config)))
         return
     given = sys.argv[1:]
-    path = given[0] if given and "=" not in given[0] else str(ROOT / "configs" / "quickstart.yaml")
+    path = given.pop(0) if given and "=" not in given[0] else str(ROOT / "configs" / "quickstart.yaml")
+    cores = os.cpu_count() or 1
+    threads = {f"{spared} of {cores} cores": spared for spared in sorted({max(1, cores - 1), cores})}
+    times: dict[str, dict[str, list[float]]] = {name: {"bare": [], "ray": []} for name in threads}
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [
-            *([] if given else DEFAULTS),
-            "train.workers=1",
-            "train.threads_per_worker=1",
-            f"dataset.dir={folder}/dataset",
-        ]
-        overrides += [value for value in given if "=" in value]
-        job([path, *overrides], f"{folder}/warm")  # prepares the dataset, compiles the kernels
-        times: dict[str, list[float]] = {"bare loop": [], "Ray Train + DeepSpeed": []}
-        for turn in range(TURNS):
-            command = [sys.executable, __file__, "--bare", path, *overrides, f"run_dir={folder}/bare"]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
-            times["bare loop"].append(float(done.stdout))
-            times["Ray Train + DeepSpeed"].append(job([path, *overrides], f"{folder}/{turn}"))
-    each = [mine / base for base, mine in zip(*times.values(), strict=True)]
-    rows = [[name, f"{statistics.median(values):.1f}", f"{min(values):.1f}–{max(values):.1f}"] for name, values in times.items()]
-    say(f"{' '.join([path, *given[1:]])}, one worker, torch {torch.__version__}")
-    say(format_table(["a step", "ms", "spread"], rows))
-    say(f"the job takes {statistics.median(each):.3f} times the bare loop ({min(each):.3f}–{max(each):.3f})")
-    say(json.dumps({"ratio": round(statistics.median(each), 4), "ratios": [round(ratio, 4) for ratio in each], "ms": times}))
+        overrides = [*DEFAULTS, f"dataset.dir={folder}/dataset", *given]
+        prepare = [sys.executable, str(ROOT / "jobs" / "prepare.py"), path, *overrides, f"run_dir={folder}/prepare"]
+        subprocess.run(prepare, check=True, capture_output=True)  # noqa: S603
+        for turn, name, side in itertools.product(range(TURNS), threads, ("bare", "ray")):
+            settings = [
+                *overrides,
+                f"train.threads_per_worker={threads[name]}",
+                f"run_dir={folder}/{side}-{threads[name]}-{turn}",
+            ]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+            command = [sys.executable, __file__, side, path, *settings]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
+            times[name][side].append(float(done.stdout.split()[-1]))
+    rows, ratios = [], {}
+    for name, sides in times.items():
+        each = [mine / base for base, mine in zip(*sides.values(), strict=True)]
+        ratios[name] = round(statistics.median(each), 4)
+        figures = [f"{statistics.median(values):.0f} ({min(values):.0f}–{max(values):.0f})" for values in sides.values()]
+        rows.append([name, *figures, f"{ratios[name]:.3f} ({min(each):.3f}–{max(each):.3f})"])
+    say(f"{' '.join([path, *given])}, one worker, torch {torch.__version__}")
+    say(format_table(["training on", "bare loop, ms", "Ray Train + DeepSpeed, ms", "ratio"], rows))
+    say(json.dumps({"ratios": ratios, "ms": times}))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ class BatchConfig:
     global_batch_size: int = 128  # windows per optimizer step, all ranks together
     max_length: int = 50  # interactions per window
     first_item_is_target: bool = True  # predict a window's first item from padding, as the paper does
-    shards_mixed: int = 64  # sequence shards shuffled together and held in memory by one Ray Data task
+    shards_mixed: int = 64  # sequence shards shuffled together and held in memory by whoever cuts batches
+    feed: Literal["auto", "local", "ray"] = "auto"  # local: each rank cuts its batches; ray: Ray Data tasks do, anywhere
 
     def __post_init__(self) -> None:
         _require(self.global_batch_size >= 1, "batch.global_batch_size", self.global_batch_size, "needs at least 1")

@@ -16,8 +16,9 @@ import torch
 from lrurec_dist import __version__, storage
 from lrurec_dist.config import Config, differences, load_config, to_dict, to_yaml, with_absolute_paths
 from lrurec_dist.data.batches import pad_left, training_lengths, untrained_targets
-from lrurec_dist.data.feed import configure_ray_data
-from lrurec_dist.data.sequences import SequenceDataset, prepare_dataset
+from lrurec_dist.data.prepare import prepare_dataset
+from lrurec_dist.data.ray_feed import configure_ray_data
+from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.synthetic import write_synthetic_log
 from lrurec_dist.errors import EXIT_DONE, BundleError, ConfigError, DataNotReadyError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
@@ -36,6 +37,7 @@ _MAY_CHANGE = (
     "run_dir",
     "log.path",  # the dataset's manifest knows its sources better
     "dataset.dir",
+    "batch.feed",
     "bundle.",
     "train.workers",
     "train.device",
@@ -169,13 +171,16 @@ def _prepare(config: Config, status: Status) -> None:
 
 def _train(config: Config, status: Status) -> None:
     dataset = _open_dataset(config)
-    settings = {name: value for name, value in to_dict(config).items() if name in ("seed", "batch", "model", "loss", "evaluate")}
-    training = {
-        name: value
-        for name, value in to_dict(config)["train"].items()
-        if f"train.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")
+    settings = {
+        section: {
+            name: value
+            for name, value in values.items()
+            if f"{section}.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")
+        }
+        for section, values in to_dict(config).items()
+        if section in ("batch", "model", "loss", "train", "evaluate")
     }
-    inputs = storage.fingerprint({"dataset": dataset.identity, **settings, "train": training})
+    inputs = storage.fingerprint({"dataset": dataset.identity, "seed": config.seed, **settings})
     done = status.committed("train", inputs)
     if done and find_checkpoint(config.run_dir, "best"):
         say(f"train: skipped, {done['best']} was trained on these inputs")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from lrurec_dist.data.feed import configure_ray_data
+from lrurec_dist.data.ray_feed import configure_ray_data
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from collections import Counter
 from typing import Any
@@ -10,23 +11,25 @@ from hypothesis import strategies as st
 
 from lrurec_dist import PAD_ID, storage
 from lrurec_dist.data.batches import (
+    DataOrder,
     TrainingBatch,
     TrainingWindows,
     count_windows,
     cut_windows,
     group_shards,
+    iter_batches,
     iter_evaluation_batches,
-    iter_group_batches,
     pad_left,
     training_lengths,
     untrained_targets,
 )
 from lrurec_dist.data.sequences import SCHEMA_VERSION, SequenceDataset, SequenceShard
+from lrurec_dist.errors import DataQualityError
 
 MAX_LENGTH = 4
 # Lengths around every rule: too short to evaluate, below, at and beyond twice the window plus the two held out.
 LENGTHS_PER_SHARD = [[1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11], [12, 18, 23], [1, 1]]
-OPTIONS = {"seed": 5, "shards_mixed": 2, "global_batch_size": 6, "max_length": MAX_LENGTH, "first_item_is_target": True}
+ORDER = DataOrder(seed=5, shards_mixed=2, global_batch_size=6, max_length=MAX_LENGTH, first_item_is_target=True)
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]  # inputs and targets of one window, both MAX_LENGTH long
 
@@ -50,7 +53,8 @@ def write_shards(url: str, shards: list[list[list[int]]]) -> SequenceDataset:
         keys = pa.array([f"user-{index}-{row}" for row in range(len(sequences))], pa.large_string())
         table = pa.table({"user_key": keys, "item_ids": pa.array(sequences, pa.large_list(pa.int32()))})
         storage.write_table(f"{url}/sequences/part-{index:05d}.parquet", table)
-    storage.commit(url, {"schema_version": SCHEMA_VERSION})
+    interactions = sum(len(sequence) for sequences in shards for sequence in sequences)
+    storage.commit(url, {"schema_version": SCHEMA_VERSION, "interactions": interactions})
     return SequenceDataset(url)
 
 
@@ -63,13 +67,9 @@ def epoch_of(
     dataset: SequenceDataset, *, epoch: int = 0, rank: int = 0, world_size: int = 1, **changes: Any
 ) -> list[TrainingBatch]:
     """One rank's batches of a whole epoch, group after group."""
-    options = OPTIONS | changes
-    groups = -(-len(dataset.shard_names) // options["shards_mixed"])
-    streams = (
-        iter_group_batches(dataset, epoch=epoch, group=group, rank=rank, world_size=world_size, **options)
-        for group in range(groups)
-    )
-    return list(itertools.chain.from_iterable(streams))
+    order = dataclasses.replace(ORDER, **changes)
+    stream = iter_batches(dataset, order, epoch=epoch, first_batch=0, rank=rank, world_size=world_size)
+    return list(itertools.takewhile(lambda batch: batch.epoch == epoch, stream))
 
 
 def repad(row: np.ndarray) -> tuple[int, ...]:
@@ -185,9 +185,7 @@ def test_padding_is_a_prefix_and_no_longer_than_the_longest_window_needs(dataset
 
 def test_all_batches_of_a_group_but_its_last_are_full(dataset):
     for group in range(3):
-        sizes = [
-            len(batch.item_ids) for batch in iter_group_batches(dataset, epoch=0, group=group, rank=0, world_size=1, **OPTIONS)
-        ]
+        sizes = [len(batch.item_ids) for batch in epoch_of(dataset) if batch.group == group]
         assert sizes[:-1] == [6] * (len(sizes) - 1)
         assert 1 <= sizes[-1] <= 6
 
@@ -240,12 +238,14 @@ def test_the_windows_of_a_single_shard_are_shuffled_anew_each_epoch(tmp_path):
 @pytest.mark.parametrize(("shards", "shards_mixed"), [(1, 1), (5, 2), (6, 2), (5, 64)])
 def test_every_epoch_groups_each_shard_once_in_an_order_of_its_own(shards, shards_mixed):
     names = [f"part-{index}" for index in range(shards)]
-    epochs = [group_shards(names, seed=1, epoch=epoch, shards_mixed=shards_mixed) for epoch in range(6)]
+    order = dataclasses.replace(ORDER, shards_mixed=shards_mixed)
+    epochs = [group_shards(names, order, epoch) for epoch in range(6)]
     for groups in epochs:
         assert sorted(itertools.chain.from_iterable(groups)) == names
         assert all(len(group) == shards_mixed for group in groups[:-1])
-    assert shards == 1 or len({str(groups) for groups in epochs}) > 1
-    assert epochs[2] == group_shards(names, seed=1, epoch=2, shards_mixed=shards_mixed)
+        assert all(group == sorted(group) for group in groups)
+    assert shards <= shards_mixed or len({str(groups) for groups in epochs}) > 1
+    assert epochs[2] == group_shards(names, order, 2)
 
 
 def test_an_epoch_mixes_the_windows_of_a_group(dataset):
@@ -295,6 +295,23 @@ def test_evaluation_batches_follow_history_length():
 def test_windows_are_counted_without_being_cut(first_item_is_target):
     for lengths in [*LENGTHS_PER_SHARD, [0], []]:
         shard = make_shard([list(range(1, length + 1)) for length in lengths])
-        windows = TrainingWindows([shard], max_length=MAX_LENGTH, first_item_is_target=first_item_is_target)
-        counted = count_windows(shard.lengths, max_length=MAX_LENGTH, first_item_is_target=first_item_is_target)
-        assert counted == len(windows)
+        order = dataclasses.replace(ORDER, first_item_is_target=first_item_is_target)
+        assert count_windows(shard.lengths, order) == len(TrainingWindows([shard], order))
+
+
+@pytest.mark.parametrize("first_batch", [1, 3, 5, 100])
+def test_a_place_within_an_epoch_is_where_the_order_goes_on(dataset, first_batch):
+    whole = [*epoch_of(dataset, epoch=2), *epoch_of(dataset, epoch=3)]
+    begin = min(first_batch, len(epoch_of(dataset, epoch=2)))
+    stream = iter_batches(dataset, ORDER, epoch=2, first_batch=first_batch, rank=0, world_size=1)
+    for want, got in zip(whole[begin:], stream, strict=False):
+        assert (got.epoch, got.group, got.batch, rows_of(got)) == (want.epoch, want.group, want.batch, rows_of(want))
+
+
+def test_a_dataset_without_a_training_window_is_refused_and_not_searched_for_ever(tmp_path):
+    nothing = write_shards(str(tmp_path), [[[1]], [[2]]])
+    stream = iter_batches(
+        nothing, dataclasses.replace(ORDER, first_item_is_target=False), epoch=0, first_batch=0, rank=0, world_size=1
+    )
+    with pytest.raises(DataQualityError, match=r"no user has an interaction to train on, of 2"):
+        next(stream)

@@ -1,5 +1,6 @@
 """Optimizer steps under real DeepSpeed on real processes, compared across world sizes and ZeRO stages."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from lrurec_dist import collectives
-from lrurec_dist.data.batches import iter_group_batches
+from lrurec_dist.data.batches import DataOrder, iter_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import CheckpointError
 from lrurec_dist.model.loss import softmax_loss
@@ -16,7 +17,7 @@ from tests.datasets import chain_sequences, write_dataset
 from tests.processes import run_ranks
 
 NUM_ITEMS, STEPS = 25, 6
-ORDER = {"seed": 3, "shards_mixed": 2, "global_batch_size": 10, "max_length": 6, "first_item_is_target": True}
+ORDER = DataOrder(seed=3, shards_mixed=2, global_batch_size=10, max_length=6, first_item_is_target=True)
 
 
 def build_engine(zero_stage: int, dim: int = 8) -> Any:
@@ -39,21 +40,15 @@ def build_engine(zero_stage: int, dim: int = 8) -> Any:
 def train_steps(engine: Any, url: str, first: int, last: int) -> list[float]:
     """Mean losses of the global batches first..last-1 of epoch 0."""
     dataset = SequenceDataset(url)
-    rank, world_size = collectives.rank(), collectives.world_size()
-    stream = (
-        batch
-        for group in range(2)
-        for batch in iter_group_batches(dataset, epoch=0, group=group, rank=rank, world_size=world_size, **ORDER)
-    )
+    place = {"rank": collectives.rank(), "world_size": collectives.world_size()}
     losses = []
-    for index, batch in enumerate(stream):
-        if first <= index < last:
-            item_ids, targets = torch.from_numpy(batch.item_ids), torch.from_numpy(batch.targets)
-            keep = targets > 0
-            table = engine.model.table
-            total, _ = softmax_loss(engine(item_ids, keep), table.weight, table.bias, targets[keep], include_padding_class=True)
-            engine.step(total, batch.num_targets)
-            losses.append(collectives.all_reduce_sum(total.detach().clone()).item() / batch.num_targets)
+    for batch in itertools.islice(iter_batches(dataset, ORDER, epoch=0, first_batch=first, **place), last - first):
+        item_ids, targets = torch.from_numpy(batch.item_ids), torch.from_numpy(batch.targets)
+        keep = targets > 0
+        table = engine.model.table
+        total, _ = softmax_loss(engine(item_ids, keep), table.weight, table.bias, targets[keep], include_padding_class=True)
+        engine.step(total, batch.num_targets)
+        losses.append(collectives.all_reduce_sum(total.detach().clone()).item() / batch.num_targets)
     return losses
 
 

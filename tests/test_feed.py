@@ -1,18 +1,19 @@
-"""The feed by Ray Data against the data order computed directly."""
+"""Both feeds against the data order computed directly."""
 
 import dataclasses
 import itertools
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from lrurec_dist.data import feed
-from lrurec_dist.data.batches import TrainingBatch, iter_group_batches
-from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data import feed, ray_feed
+from lrurec_dist.data.batches import DataOrder, TrainingBatch, iter_batches
 from lrurec_dist.errors import IntegrityError
 from tests.datasets import chain_sequences, write_dataset
 
-OPTIONS = {"seed": 5, "shards_mixed": 2, "global_batch_size": 9, "max_length": 4, "first_item_is_target": True}
+ORDER = DataOrder(seed=5, shards_mixed=2, global_batch_size=9, max_length=4, first_item_is_target=True)
 
 
 @pytest.fixture(scope="module")
@@ -20,29 +21,53 @@ def dataset(tmp_path_factory):
     return write_dataset(str(tmp_path_factory.mktemp("feed")), chain_sequences(70, 30), 30, shards=5)
 
 
-def epoch_of(dataset: SequenceDataset, epoch: int, rank: int, world_size: int) -> list[TrainingBatch]:
-    """An epoch's batches of one rank, group after group."""
-    place = {"epoch": epoch, "rank": rank, "world_size": world_size}
-    return [batch for group in range(3) for batch in iter_group_batches(dataset, group=group, **place, **OPTIONS)]
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 5), (2, 3)])
-@pytest.mark.usefixtures("ray_session")
-def test_the_feed_yields_the_batches_of_the_order_across_epochs(monkeypatch, dataset, rank, world_size):
-    monkeypatch.setattr(feed, "BATCHES_PER_TASK", 2)
-    monkeypatch.setattr(feed, "TASKS_PER_EXECUTION", 7)  # executions of 1, 2, 4, 7, 7, … tasks end anywhere in an epoch
-    first_epoch, epochs = 3, 5
-    place = {"rank": rank, "world_size": world_size}
-    expected = [batch for epoch in range(first_epoch, first_epoch + epochs) for batch in epoch_of(dataset, epoch, **place)]
-    stream = feed.iter_training_batches(dataset.url, first_epoch=first_epoch, **place, **OPTIONS)
-    fed = list(itertools.islice(stream, len(expected)))
-    stream.close()
+def assert_same(fed: list[TrainingBatch], expected: list[TrainingBatch]) -> None:
     for got, want in zip(fed, expected, strict=True):
         for field in dataclasses.fields(TrainingBatch):
             assert np.array_equal(getattr(got, field.name), getattr(want, field.name)), (field.name, want.epoch, want.batch)
 
 
-def test_the_feed_of_a_place_without_a_dataset_fails_at_once(tmp_path):
-    stream = feed.iter_training_batches(f"{tmp_path}/nowhere", first_epoch=0, rank=0, world_size=1, **OPTIONS)
-    with pytest.raises(IntegrityError):
+@pytest.mark.parametrize(("rank", "world_size", "first_batch"), [(0, 1, 0), (0, 5, 3), (2, 3, 8)])
+@pytest.mark.parametrize("kind", ["local", "ray"])
+@pytest.mark.usefixtures("ray_session")
+def test_a_feed_yields_the_batches_of_the_order_across_epochs(monkeypatch, dataset, kind, rank, world_size, first_batch):
+    monkeypatch.setattr(ray_feed, "BATCHES_PER_TASK", 2)
+    monkeypatch.setattr(ray_feed, "TASKS_PER_EXECUTION", 7)  # executions of 1, 2, 4, 7, 7, … tasks end anywhere in an epoch
+    place = {"epoch": 3, "first_batch": first_batch, "rank": rank, "world_size": world_size}
+    expected = list(itertools.islice(iter_batches(dataset, ORDER, **place), 45))
+    stream = feed.iter_training_batches(dataset, ORDER, feed=kind, **place)
+    fed = list(itertools.islice(stream, len(expected)))
+    stream.close()
+    assert_same(fed, expected)
+    assert len({batch.epoch for batch in fed}) >= 4
+
+
+def test_a_rank_feeds_itself_where_a_group_of_shards_fits(monkeypatch, dataset):
+    by_ray = object()
+    monkeypatch.setattr(ray_feed, "iter_batches_by_ray", lambda *_, **__: by_ray)
+    needed = feed.group_bytes(dataset, ORDER)
+    assert needed == int(dataset.manifest["interactions"] * 2 / 5) * 8
+    monkeypatch.setattr(feed, "LOCAL_BYTES", needed)
+    assert feed.iter_training_batches(dataset, ORDER, rank=0, world_size=1) is not by_ray
+    monkeypatch.setattr(feed, "LOCAL_BYTES", needed - 1)
+    assert feed.iter_training_batches(dataset, ORDER, rank=0, world_size=1) is by_ray
+
+
+def test_an_error_in_the_feeding_thread_is_raised_where_batches_are_used():
+    def broken() -> Iterator[int]:
+        yield 1
+        raise IntegrityError("part-00003.parquet is missing")
+
+    stream = feed._ahead(broken())
+    assert next(stream) == 1
+    with pytest.raises(IntegrityError, match="part-00003"):
         next(stream)
+
+
+def test_a_closed_feed_leaves_no_thread_behind():
+    stream = feed._ahead(itertools.count())
+    assert next(stream) == 0
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "feed")
+    stream.close()
+    thread.join(timeout=60)
+    assert not thread.is_alive()

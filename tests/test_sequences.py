@@ -17,7 +17,8 @@ import pytest
 
 from lrurec_dist import storage
 from lrurec_dist.data.catalogue import build_catalogue, save_catalogue
-from lrurec_dist.data.sequences import SequenceDataset, _assign_ids_and_shards, prepare_dataset, shard_of
+from lrurec_dist.data.prepare import _assign_ids_and_shards, prepare_dataset, shard_of
+from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import CatalogueError, ConfigError, DataQualityError, IntegrityError, LrurecError
 
 pytestmark = pytest.mark.usefixtures("ray_session")

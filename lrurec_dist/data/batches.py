@@ -4,9 +4,11 @@ The order of training windows is a function of (seed, epoch) alone: shards are p
 in groups, the windows of a group are shuffled together and cut into global batches, and a rank
 takes its slice of each. So any number of workers sees the same global batches, no rank runs out
 before another, and no window is dropped or repeated within an epoch. The last batch of a group
-may be short; the loss is weighted by targets, so that is no bias.
+may be short; the loss is weighted by targets, so that is no bias. `feed.py` decides where batches
+are made.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,8 +17,25 @@ import numpy as np
 
 from lrurec_dist import PAD_ID
 from lrurec_dist.data.sequences import MIN_EVALUABLE, SequenceDataset, SequenceShard
+from lrurec_dist.errors import DataQualityError
 
 Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOrder:
+    """What fixes every training batch of every epoch, whatever the number of ranks.
+
+    `seed` shuffles; `shards_mixed` sequence shards are shuffled together and held in memory;
+    `global_batch_size` windows of at most `max_length` interactions make one batch of all ranks;
+    `first_item_is_target`: a window's first item is predicted too, from padding.
+    """
+
+    seed: int
+    shards_mixed: int
+    global_batch_size: int
+    max_length: int
+    first_item_is_target: bool
 
 
 @dataclass(frozen=True)
@@ -91,94 +110,93 @@ def pad_left(rows: list[np.ndarray], length: int) -> np.ndarray:
 class TrainingWindows:
     """All training windows of a group of shards, in memory."""
 
-    def __init__(self, shards: list[SequenceShard], *, max_length: int, first_item_is_target: bool) -> None:
+    def __init__(self, shards: list[SequenceShard], order: DataOrder) -> None:
         self._items = np.concatenate([shard.item_ids for shard in shards])
         starts = np.cumsum([0, *(len(shard.item_ids) for shard in shards)])
         offsets = np.concatenate([shard.offsets[:-1] + start for shard, start in zip(shards, starts, strict=False)])
         trained = training_lengths(np.concatenate([shard.lengths for shard in shards]))
-        sequence, begin, end = cut_windows(trained, max_length)
+        sequence, begin, end = cut_windows(trained, order.max_length)
         # A whole short history's last window knows the item before it; a cut one starts afresh, as in the paper.
-        self._has_context = (begin > 0) & (trained[sequence] < 2 * max_length)
-        self._begin, self._end = offsets[sequence] + begin, offsets[sequence] + end
-        self._first_item_is_target = first_item_is_target
-        self.num_targets = self._end - self._begin
-        if not first_item_is_target:
-            self.num_targets = self.num_targets - ~self._has_context
-        useful = self.num_targets > 0
-        self._begin, self._end, self._has_context, self.num_targets = (
-            values[useful] for values in (self._begin, self._end, self._has_context, self.num_targets)
-        )
+        has_context = (begin > 0) & (trained[sequence] < 2 * order.max_length)
+        targets = end - begin if order.first_item_is_target else end - begin - ~has_context
+        useful = targets > 0
+        self._first_input = (offsets[sequence] + begin - has_context)[useful]
+        self._end = (offsets[sequence] + end)[useful]
+        self.num_targets = targets[useful]
 
     def __len__(self) -> int:
-        return len(self._begin)
+        return len(self._end)
 
     def collate(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(item_ids, targets) of the given windows, each (len(windows), longest) int64."""
-        inputs, targets = [], []
-        for window in windows:
-            begin, end, context = self._begin[window], self._end[window], self._has_context[window]
-            target = self._items[begin:end]
-            if context:
-                item_ids = self._items[begin - 1 : end - 1]
-            elif self._first_item_is_target:
-                item_ids = np.concatenate([[PAD_ID], target[:-1]])
-            else:
-                item_ids, target = target[:-1], target[1:]
-            inputs.append(item_ids)
-            targets.append(target)
-        length = max((len(row) for row in targets), default=1)
-        return pad_left(inputs, length), pad_left(targets, length)
+        length = int(self.num_targets[windows].max(initial=1))
+        target_at = self._end[windows, None] - np.arange(length, 0, -1)  # place of each target; its input is the one before
+        is_target = target_at >= (self._end - self.num_targets)[windows, None]
+        is_input = (target_at > self._first_input[windows, None]) & is_target
+        return (
+            np.where(is_input, self._items[target_at - 1], PAD_ID),
+            np.where(is_target, self._items[target_at], PAD_ID),
+        )
 
 
-def group_shards(names: list[str], *, seed: int, epoch: int, shards_mixed: int) -> list[list[str]]:
-    """The epoch's groups of shards, in order; a function of its arguments."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(names))
-    return [[names[index] for index in order[begin : begin + shards_mixed]] for begin in range(0, len(order), shards_mixed)]
+def group_shards(names: list[str], order: DataOrder, epoch: int) -> list[list[str]]:
+    """The epoch's groups of shards, in order; a function of its arguments.
+
+    Within a group names are sorted: its windows are shuffled anyway, and a dataset of one group
+    then stays in memory from epoch to epoch.
+    """
+    shuffled = np.random.default_rng([order.seed, epoch]).permutation(len(names))
+    return [
+        sorted(names[index] for index in shuffled[begin : begin + order.shards_mixed])
+        for begin in range(0, len(names), order.shards_mixed)
+    ]
 
 
-def count_windows(lengths: np.ndarray, *, max_length: int, first_item_is_target: bool) -> int:
+def count_windows(lengths: np.ndarray, order: DataOrder) -> int:
     """How many training windows with a target the sequences of these lengths give."""
     trained = training_lengths(lengths)
-    sequence, begin, end = cut_windows(trained, max_length)
+    sequence, begin, end = cut_windows(trained, order.max_length)
     alone = (end - begin == 1) & (begin == 0)  # a single interaction: a target only from padding
-    return len(sequence) - (0 if first_item_is_target else int(alone.sum()))
+    return len(sequence) - (0 if order.first_item_is_target else int(alone.sum()))
 
 
-def iter_group_batches(
-    dataset: SequenceDataset,
-    *,
-    epoch: int,
-    group: int,
-    seed: int,
-    shards_mixed: int,
-    global_batch_size: int,
-    max_length: int,
-    first_item_is_target: bool,
-    rank: int,
-    world_size: int,
+def iter_batches(
+    dataset: SequenceDataset, order: DataOrder, *, epoch: int, first_batch: int, rank: int, world_size: int
 ) -> Iterator[TrainingBatch]:
-    """One rank's batches of one group of shards, in the epoch's order. Pure numpy, no Ray."""
-    names = group_shards(dataset.shard_names, seed=seed, epoch=epoch, shards_mixed=shards_mixed)[group]
-    windows = TrainingWindows(
-        [dataset.read_shard(name) for name in names], max_length=max_length, first_item_is_target=first_item_is_target
-    )
-    batches = range(-(-len(windows) // global_batch_size))
-    yield from cut_batches(windows, batches, epoch, group, seed, global_batch_size, rank, world_size)
+    """One rank's batches from a place in an epoch on, epoch after epoch without end. Pure numpy.
+
+    Raises:
+        DataQualityError: the dataset has no training window.
+    """
+    windows, held = None, [""]
+    for at_epoch in itertools.count(epoch):
+        batches_before = 0
+        for group, names in enumerate(group_shards(dataset.shard_names, order, at_epoch)):
+            if windows is None or names != held:
+                windows = None  # before the next group is read: only one is held
+                windows, held = TrainingWindows([dataset.read_shard(name) for name in names], order), names
+            batches = -(-len(windows) // order.global_batch_size)
+            begin = max(0, first_batch - batches_before) if at_epoch == epoch else 0
+            yield from cut_batches(windows, range(begin, batches), order, at_epoch, group, rank, world_size)
+            batches_before += batches
+        require_windows(dataset, batches_before)
+
+
+def require_windows(dataset: SequenceDataset, windows: int) -> None:
+    """Refuse a dataset that an epoch of training would find empty."""
+    if windows == 0:
+        raise DataQualityError(
+            f"{dataset.url}: no user has an interaction to train on, of {dataset.manifest['interactions']:,}; prepare a longer log"
+        )
 
 
 def cut_batches(
-    windows: TrainingWindows,
-    batches: range,
-    epoch: int,
-    group: int,
-    seed: int,
-    global_batch_size: int,
-    rank: int,
-    world_size: int,
+    windows: TrainingWindows, batches: range, order: DataOrder, epoch: int, group: int, rank: int, world_size: int
 ) -> Iterator[TrainingBatch]:
-    order = np.random.default_rng([seed, epoch, group]).permutation(len(windows))
+    """One rank's slice of the given batches of one group of shards."""
+    shuffled = np.random.default_rng([order.seed, epoch, group]).permutation(len(windows))
     for batch in batches:
-        members = order[batch * global_batch_size : (batch + 1) * global_batch_size]
+        members = shuffled[batch * order.global_batch_size : (batch + 1) * order.global_batch_size]
         low, high = (len(members) * bound // world_size for bound in (rank, rank + 1))
         item_ids, targets = windows.collate(members[low:high])
         yield TrainingBatch(item_ids, targets, int(windows.num_targets[members].sum()), epoch, group, batch)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrurec_dist.data.batches import Split, iter_evaluation_batches, training_lengths
-from lrurec_dist.data.feed import configure_ray_data
+from lrurec_dist.data.ray_feed import configure_ray_data
 from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
 from lrurec_dist.errors import DataQualityError, LrurecError
 from lrurec_dist.evaluate.baselines import Popularity

@@ -3,7 +3,6 @@
 Free of Ray but for the feed: the process group exists, and `report` is whatever the launcher gives.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 
 from lrurec_dist import collectives, storage
 from lrurec_dist.config import Config
-from lrurec_dist.data.batches import TrainingBatch
+from lrurec_dist.data.batches import DataOrder, TrainingBatch
 from lrurec_dist.data.feed import iter_training_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DivergenceError, LrurecError
@@ -94,18 +93,21 @@ class _Worker:
 
     def _batches(self) -> Iterator[TrainingBatch]:
         options = self.config.batch
-        stream = iter_training_batches(
-            self.config.dataset_url,
-            seed=self.config.seed,
-            first_epoch=self.progress.epoch,
-            shards_mixed=options.shards_mixed,
-            global_batch_size=options.global_batch_size,
-            max_length=options.max_length,
-            first_item_is_target=options.first_item_is_target,
+        return iter_training_batches(
+            self.dataset,
+            DataOrder(
+                seed=self.config.seed,
+                shards_mixed=options.shards_mixed,
+                global_batch_size=options.global_batch_size,
+                max_length=options.max_length,
+                first_item_is_target=options.first_item_is_target,
+            ),
+            epoch=self.progress.epoch,
+            first_batch=self.progress.batches_into_epoch,
             rank=self.rank,
             world_size=self.world_size,
+            feed=options.feed,
         )
-        return itertools.islice(stream, self.progress.batches_into_epoch, None)
 
     def run(self, report: Callable[[dict[str, float]], None]) -> str:
         options = self.config.train
