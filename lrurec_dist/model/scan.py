@@ -17,8 +17,12 @@ from lrurec_dist.model.checks import require
 
 # Radix of the portable form by (sequences x hidden) at least. 2 is the paper's recursion; a radix
 # as large as the length is one pass after the other through time, with least memory traffic and
-# most calls. Not measured yet: `python benchmarks/scan.py radix`.
-RADIX = ((1 << 12, 256), (0, 16))
+# most calls. Forward and backward, times radix 2, on two cores (benchmarks/scan.py radix, 2026-11-21):
+#   sequences x length x hidden      4     16     64    256
+#   128 x 256 x 128               1.01   1.06   1.04   0.98
+#    16 x 1024 x 128              1.05   0.99   0.85   0.60
+#     1 x 8192 x 128              0.98   0.89   0.64   0.47
+RADIX = ((1 << 14, 16), (1 << 11, 4), (0, 2))
 FORMS = ("native", "triton", "portable")
 
 

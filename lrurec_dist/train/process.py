@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
 
     A step allocates the same large buffers again and again. By default glibc gives each back to
     the kernel, and the next step pays a page fault for every 4 KiB it touches: copying 32 MiB took
-    47 ms instead of 2 (docs/performance.md). The resident set then stays at its peak.
+    47 ms instead of 2 (decision 17). The resident set then stays at its peak.
     """
     if sys.platform != "linux":
         return False
