@@ -174,7 +174,8 @@ class _Worker:
         # one sample for all ranks, so that the loss does not depend on how many there are
         negatives = self.sampler.draw(options.negatives, hash((self.config.seed, self.progress.step)) % 2**63)
         log_probability = self.sampler.log_probability
-        return sampled_softmax_loss(vectors, model.item_rows(), model.table.bias, targets, negatives, log_probability)
+        rows, bias = model.item_rows(), model.table.bias
+        return sampled_softmax_loss(vectors, rows, bias, targets, negatives, log_probability, product_dtype=self.product_dtype)
 
     def _sampler(self) -> NegativeSampler:
         counts = torch.zeros(self.dataset.num_items + 1)
