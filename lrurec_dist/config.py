@@ -27,18 +27,38 @@ def _require(holds: bool, setting: str, value: object, rule: str) -> None:
 class LogConfig:
     """Where the interaction log is and how to read it."""
 
-    path: str = ""  # file, directory or glob, any fsspec URL; empty: a synthetic log is generated
-    format: Literal["auto", "parquet", "csv"] = "auto"  # auto: by file name
+    path: str = ""  # file, directory, glob, or several with commas between; any fsspec URL; empty: a synthetic log
+    format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"  # auto: by file name
+    partition_column: str = "date"  # of Hive directories, e.g. events/date=2026-11-20/part-0.parquet
+    from_partition: str = ""  # first partition to read, compared as text; empty: from the first one on
+    to_partition: str = ""  # first partition not to read any more; empty: to the last one
     user_column: str = "user_id"
     item_column: str = "item_id"
     timestamp_column: str = "timestamp"
     timestamp_unit: Literal["s", "ms", "us", "ns", "position"] = "s"  # of integers; Arrow timestamps know theirs
+    keep: list[str] = field(default_factory=list)  # conditions, all of which a row satisfies: "event == click", "price > 0"
+    since: str = ""  # first time to read: ISO 8601, or an integer in timestamp_unit; empty: all
+    until: str = ""  # first time not to read any more
+    max_key_bytes: int = 256  # longer user and item keys are rejected
+    duplicates: Literal["drop", "keep"] = "drop"  # of a row with the same user, item and timestamp
+    drop_repeats: bool = False  # True: of one item several times in a row the first interaction stays
+    max_user_events: int = 0  # a user with more is taken for a crawler or a shared account; 0: no limit
+    long_users: Literal["cap", "quarantine"] = "cap"  # beyond it: cap keeps the latest events, quarantine leaves the user out
     max_rejected_share: float = 0.01  # of all rows; above it the job stops
 
     def __post_init__(self) -> None:
         _require(0 <= self.max_rejected_share <= 1, "log.max_rejected_share", self.max_rejected_share, "is a share, from 0 to 1")
         names = [self.user_column, self.item_column, self.timestamp_column]
         _require(len(set(names)) == 3, "log.*_column", names, "user, item and timestamp are three different columns")
+        _require(self.max_key_bytes >= 1, "log.max_key_bytes", self.max_key_bytes, "needs at least 1")
+        _require(self.max_user_events >= 0, "log.max_user_events", self.max_user_events, "cannot be negative; 0 is no limit")
+        _require(bool(self.partition_column), "log.partition_column", repr(self.partition_column), "needs a name")
+        _require(
+            not self.to_partition or self.from_partition < self.to_partition,
+            "log.from_partition, log.to_partition",
+            (self.from_partition, self.to_partition),
+            "the range is empty: as text, from has to come before to, which is not read itself",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,10 +256,11 @@ def with_absolute_paths(config: Config) -> Config:
     def resolved(url: str) -> str:
         return storage.absolute(url) if url else url
 
+    log_path = ",".join(resolved(part.strip()) for part in config.log.path.split(","))
     return dataclasses.replace(
         config,
         run_dir=resolved(config.run_dir),
-        log=dataclasses.replace(config.log, path=resolved(config.log.path)),
+        log=dataclasses.replace(config.log, path=log_path),
         dataset=dataclasses.replace(config.dataset, dir=resolved(config.dataset.dir), parent=resolved(config.dataset.parent)),
         bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
     )
