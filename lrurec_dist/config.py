@@ -41,9 +41,7 @@ class LogConfig:
     until: str = ""  # first time not to read any more
     max_key_bytes: int = 256  # longer user and item keys are rejected
     duplicates: Literal["drop", "keep"] = "drop"  # of a row with the same user, item and timestamp
-    drop_repeats: bool = False  # True: of one item several times in a row the first interaction stays
-    max_user_events: int = 0  # a user with more is taken for a crawler or a shared account; 0: no limit
-    long_users: Literal["cap", "quarantine"] = "cap"  # beyond it: cap keeps the latest events, quarantine leaves the user out
+    max_user_events: int = 0  # of a user with more, a crawler perhaps, the latest are kept; 0: no limit
     max_rejected_share: float = 0.01  # of all rows; above it the job stops
 
     def __post_init__(self) -> None:
@@ -83,11 +81,17 @@ class DatasetConfig:
     """The prepared dataset."""
 
     dir: str = ""  # empty: <run_dir>/dataset; give a place of its own to share it between runs
-    parent: str = ""  # an earlier dataset whose item ids are kept; new items are appended
-    shards: int = 8  # files that users are hashed into; more for more users, at most some 100 MB each
+    parent: str = ""  # an earlier dataset: what it has is merged with the files it has not seen; item ids are kept
+    rebuild: bool = False  # True: read the whole log again, and take only the item ids from the parent
+    shards: int = 0  # files that users are hashed into; 0: as the parent, or one for each 64 MB of the log and 8 at least
+    deleted_users: str = ""  # file of user keys, one a line, of whom nothing is kept
+    deleted_items: str = ""  # file of item keys; their ids stay reserved
 
     def __post_init__(self) -> None:
-        _require(self.shards >= 1, "dataset.shards", self.shards, "needs at least 1")
+        _require(self.shards >= 0, "dataset.shards", self.shards, "cannot be negative; 0 follows from the size of the log")
+        _require(
+            not self.rebuild or bool(self.parent), "dataset.rebuild", self.rebuild, "is about dataset.parent, which is empty"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +265,13 @@ def with_absolute_paths(config: Config) -> Config:
         config,
         run_dir=resolved(config.run_dir),
         log=dataclasses.replace(config.log, path=log_path),
-        dataset=dataclasses.replace(config.dataset, dir=resolved(config.dataset.dir), parent=resolved(config.dataset.parent)),
+        dataset=dataclasses.replace(
+            config.dataset,
+            dir=resolved(config.dataset.dir),
+            parent=resolved(config.dataset.parent),
+            deleted_users=resolved(config.dataset.deleted_users),
+            deleted_items=resolved(config.dataset.deleted_items),
+        ),
         bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
     )
 

@@ -30,6 +30,7 @@ class PartReport:
 
     `items` has one row per item: item_key, count, first_seen, last_seen. `files` are the manifest
     entries of what was written to quarantine. rows_read = events + rejected + filtered.
+    `user_type` is the type of user keys, None where there are no events.
     """
 
     rows_read: int
@@ -38,25 +39,27 @@ class PartReport:
     filtered: dict[str, int]
     items: pa.Table
     files: dict[str, dict[str, Any]]
+    user_type: str | None
 
 
 def read_part(index: int, unit: ReadUnit, rules: EventRules, shards: int, url: str) -> tuple[PartReport, list[pa.Table]]:
     """Read one unit; returns the report, and per shard its events: user_key, code (place in `items`), timestamp."""
     blocks = list(read_unit(unit, rules))
-    rows_read, filtered, rejected = 0, {}, []
+    rows_read, rejected = 0, []
+    filtered: dict[str, int] = {}
     for block in blocks:
         rows_read += block.rows_read
         for reason, count in block.filtered.items():
             filtered[reason] = filtered.get(reason, 0) + count
         if block.quarantined.num_rows:
             rejected.append(block.quarantined)
-    events = pa.concat_tables([block.events for block in blocks])
+    events = _concat([block.events for block in blocks], ("user_key", "item_key", "timestamp"))
     items = events["item_key"].combine_chunks().dictionary_encode()
     codes, timestamps = items.indices.to_numpy(), events["timestamp"].to_numpy()
     summary = summarise(codes, timestamps).drop_columns(["item_id"]).add_column(0, "item_key", items.dictionary)
     users = events["user_key"].combine_chunks()
     dealt = pa.table({"user_key": users, "code": codes, "timestamp": timestamps})
-    report = PartReport(rows_read, events.num_rows, {}, filtered, summary, {})
+    report = PartReport(rows_read, events.num_rows, {}, filtered, summary, {}, str(users.type) if len(users) else None)
     if rejected:
         table = pa.concat_tables(rejected, promote_options="permissive")
         name = f"quarantine/part-{index:05d}.parquet"
@@ -68,17 +71,29 @@ def read_part(index: int, unit: ReadUnit, rules: EventRules, shards: int, url: s
 
 def merge_part(
     shard: int, pieces: list[pa.Table], ids: list[np.ndarray], parent_url: str | None, rules: MergeRules, url: str
-) -> ShardReport | None:
+) -> ShardReport:
     """Merge what one shard was dealt; `ids[i]` gives the item_id of each code of `pieces[i]`."""
     name = f"sequences/part-{shard:05d}.parquet"
-    new = pa.concat_tables(
-        piece.set_column(1, "item_id", pa.array(mapping[piece["code"].to_numpy()]))
-        for piece, mapping in zip(pieces, ids, strict=True)
+    new = _concat(
+        [
+            piece.set_column(1, "item_id", pa.array(mapping[piece["code"].to_numpy()]))
+            for piece, mapping in zip(pieces, ids, strict=True)
+            if piece.num_rows
+        ],
+        ("user_key", "item_id", "timestamp"),
     )
     parent = None
     if parent_url is not None and storage.exists(storage.join(parent_url, name)):
         parent = storage.read_table(storage.join(parent_url, name))
     return write_shard(url, name, new, parent, rules)
+
+
+def _concat(tables: list[pa.Table], names: tuple[str, str, str]) -> pa.Table:
+    """Those with rows, one after the other; what has none does not know the type of its keys."""
+    filled = [table for table in tables if table.num_rows]
+    if filled:
+        return pa.concat_tables(filled)
+    return pa.table({name: pa.array([], kind) for name, kind in zip(names, (pa.null(), pa.null(), pa.int64()), strict=True)})
 
 
 class LocalPasses:
@@ -115,8 +130,9 @@ class RayPasses:
         """Pass one; reports in the order of the units."""
 
         def submit(index: int) -> "ray.ObjectRef[PartReport]":
-            report, *pieces = _read_task.options(num_returns=shards + 1).remote(index, units[index], rules, shards, url)
-            self._pieces.append(pieces)
+            refs: Any = _read_task.options(num_returns=shards + 1).remote(index, units[index], rules, shards, url)
+            self._pieces.append(refs[1:])
+            report: ray.ObjectRef[PartReport] = refs[0]
             return report
 
         yield from _in_order(submit, len(units))
@@ -151,7 +167,7 @@ def _merge_task(
     parent_url: str | None,
     rules: MergeRules,
     url: str,
-) -> ShardReport | None:
+) -> ShardReport:
     return merge_part(shard, ray.get(pieces), ids, parent_url, rules, url)
 
 

@@ -17,7 +17,7 @@ from lrurec_dist.data.passes import LocalPasses, PartReport, RayPasses
 from lrurec_dist.data.sequences import MIN_EVALUABLE, SCHEMA_VERSION, SequenceDataset
 from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport
 from lrurec_dist.data.sources import Source, read_units, resolve_sources
-from lrurec_dist.errors import CatalogueError, ConfigError, DataQualityError
+from lrurec_dist.errors import ConfigError, DataQualityError
 
 LOCAL_BYTES = 2 << 30  # a night whose files are smaller is prepared in one process
 UNIT_BYTES = 64 << 20  # of files, read by one task
@@ -50,9 +50,7 @@ class PrepareOptions:
     deleted_items: str = ""
 
 
-def prepare_dataset(
-    url: str, options: PrepareOptions, progress: Callable[[str], None] = lambda line: None
-) -> tuple[SequenceDataset, bool]:
+def prepare_dataset(url: str, options: PrepareOptions, progress: Callable[[str], None]) -> tuple[SequenceDataset, bool]:
     """Turn a log into a committed dataset at `url`, or find it there.
 
     Args:
@@ -91,14 +89,15 @@ def prepare_dataset(
     passes = LocalPasses(threads=2) if small else RayPasses()
 
     parts: list[PartReport] = []
-    for report in passes.read(units, options.rules, shards, url):
-        parts.append(report)
+    for part in passes.read(units, options.rules, shards, url):
+        parts.append(part)
         progress(f"read {len(parts):,} of {len(units):,} parts, {sum(part.rows_read for part in parts):,} rows")
     read_s = time.perf_counter() - started
     rejected = _summed(part.rejected for part in parts)
     rows_read = sum(part.rows_read for part in parts)
     _check_quality(options, rows_read, rejected, sum(part.events for part in parts), base)
 
+    user_type = _one_type("user", [part.user_type for part in parts], base)
     catalogue, ids = _catalogue_of(parts, parent.catalogue if parent else None)
     merge_rules = MergeRules(
         drop_duplicates=options.drop_duplicates,
@@ -126,6 +125,7 @@ def prepare_dataset(
         "inputs": inputs,
         "schema_notes": notes,
         "tie_rule": TIE_RULE,
+        "user_key_type": user_type,
         "time_unit": "position" if options.rules.timestamp_unit == "position" else "us",
         "rows_read": rows_read,
         "rows_rejected": rejected,
@@ -243,9 +243,7 @@ def _check_quality(
 
 def _catalogue_of(parts: list[PartReport], parent: Catalogue | None) -> tuple[Catalogue, list[np.ndarray]]:
     """The catalogue, and for each part the item_id (int32) of each of its codes."""
-    types = {str(part.items["item_key"].type) for part in parts if part.items.num_rows}
-    if len(types) > 1:
-        raise DataQualityError(f"item keys are {' in some files and '.join(sorted(types))} in others; store one type")
+    _one_type("item", [str(part.items["item_key"].type) if part.items.num_rows else None for part in parts], None)
     tables = [part.items for part in parts if part.items.num_rows]
     if tables:
         items = (
@@ -259,6 +257,18 @@ def _catalogue_of(parts: list[PartReport], parent: Catalogue | None) -> tuple[Ca
         assert parent is not None, "a first night without events was refused before"
         catalogue = parent
     return catalogue, [catalogue.ids_of(part.items["item_key"]).astype(np.int32) for part in parts]
+
+
+def _one_type(what: str, types: list[str | None], base: SequenceDataset | None) -> str:
+    """The type of all keys of a kind, those of the sequences to merge with included."""
+    known = {kind for kind in types if kind} | ({base.manifest["user_key_type"]} if base else set())
+    if len(known) > 1:
+        raise DataQualityError(
+            f"{what} keys are {' in some files and '.join(sorted(known))} in others"
+            + (f", {base.url} has {base.manifest['user_key_type']}" if base else "")
+            + "; store one type"
+        )
+    return next(iter(known), "")
 
 
 def _with_figures(catalogue: Catalogue, merged: list[ShardReport], deleted: np.ndarray | None) -> Catalogue:

@@ -176,13 +176,16 @@ def write_shard(url: str, name: str, new: pa.Table, parent: pa.Table | None, rul
 def _events_of(new: pa.Table, parent: pa.Table | None) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
     """Distinct keys in ascending order, and for each event its place among them, item_id and timestamp."""
     user_keys = new["user_key"]
-    item_ids = new["item_id"].to_numpy()
+    item_ids = new["item_id"].cast(pa.int32()).to_numpy()
     timestamps = new["timestamp"].to_numpy()
     per_event = user_keys
     if parent is not None and parent.num_rows:
         items = parent["item_ids"].combine_chunks()
         lengths = np.diff(items.offsets.to_numpy())
-        user_keys = pa.chunked_array([*user_keys.chunks, *parent["user_key"].cast(user_keys.type).chunks])
+        keys_before = parent["user_key"]
+        if len(user_keys) == 0:
+            user_keys = user_keys.cast(keys_before.type)
+        user_keys = pa.chunked_array([*user_keys.chunks, *keys_before.chunks], keys_before.type)
         item_ids = np.concatenate([item_ids, items.flatten().to_numpy().astype(item_ids.dtype)])
         timestamps = np.concatenate([timestamps, parent["timestamps"].combine_chunks().flatten().to_numpy()])
         repeat = np.concatenate([np.ones(len(per_event), np.int64), lengths])
