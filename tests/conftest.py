@@ -7,6 +7,11 @@ import pytest
 import ray
 
 from lrurec_dist.data.ray_feed import configure_ray_data
+from tests.stores import bucket as bucket
+from tests.stores import faulty as faulty
+from tests.stores import no_wait as no_wait
+from tests.stores import s3 as s3
+from tests.stores import s3_environment as s3_environment
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
