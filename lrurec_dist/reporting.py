@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lrurec_dist import storage
-from lrurec_dist.errors import EXIT_DONE, LrurecError
+from lrurec_dist.errors import EXIT_DONE, LrurecError, TryAgainError
 
 METRICS = "metrics.jsonl"  # below the run directory
 
@@ -157,7 +157,7 @@ class MetricsFile:
                 last_round = closing.wait(poll_s)
                 try:
                     records = self.read()
-                except OSError:  # storage hiccup: the records stay where they are, the next round reads them
+                except (OSError, TryAgainError):  # storage hiccup: the records stay where they are, the next round reads them
                     records = []
                 for record in records[seen:]:
                     say(describe(record))

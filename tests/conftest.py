@@ -11,6 +11,11 @@ from lrurec_dist.data import prepare as prepare_module
 from lrurec_dist.data.ray_feed import configure_ray_data
 from lrurec_dist.data.sequences import SequenceDataset
 from tests.logs import CLEAN, DIRTY, prepare, write_parquet
+from tests.stores import bucket as bucket
+from tests.stores import faulty as faulty
+from tests.stores import no_wait as no_wait
+from tests.stores import s3 as s3
+from tests.stores import s3_environment as s3_environment
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

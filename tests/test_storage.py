@@ -10,10 +10,11 @@ from lrurec_dist import storage
 from lrurec_dist.errors import BundleError, IntegrityError
 
 
-@pytest.fixture(params=["local", "file", "memory"])
+@pytest.fixture(params=["local", "file", "memory", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty directory's URL on each kind of storage that needs no network."""
-    url = {"local": f"{tmp_path}/place", "file": f"file://{tmp_path}/place", "memory": "memory://place"}[request.param]
+    """An empty directory's URL on each kind of storage."""
+    here = {"local": f"{tmp_path}/place", "file": f"file://{tmp_path}/place", "memory": "memory://place"}
+    url = here.get(request.param) or request.getfixturevalue("bucket")
     yield url
     storage.remove_tree(url)
 

@@ -167,7 +167,7 @@ def write_shard(url: str, name: str, new: pa.Table, parent: pa.Table | None, rul
             "timestamps": pa.LargeListArray.from_arrays(offsets, pa.array(timestamps)),
         }
     )
-    entry = storage.write_table(storage.join(url, name), table)
+    entry = storage.write_table(storage.join(url, name), table, near=("timestamps.list.element",))
     length, count = np.unique(lengths, return_counts=True)
     summary = summarise(item_ids, timestamps)
     return ShardReport(name, entry, summary, length, count, {name: n for name, n in dropped.items() if n}, events_in)
