@@ -22,7 +22,8 @@ from pathlib import Path
 import ray
 import torch
 
-from lrurec_dist.config import Config, load_config
+from lrurec_dist.config import Config
+from lrurec_dist.config_file import load_config
 from lrurec_dist.data.batches import DataOrder, TrainingBatch, iter_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.model.loss import softmax_loss

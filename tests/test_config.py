@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lrurec_dist.config import Config, LogConfig, differences, from_dict, load_config, to_dict, to_yaml, with_absolute_paths
+from lrurec_dist.config import Config, LogConfig
+from lrurec_dist.config_file import differences, from_dict, load_config, to_dict, to_yaml, with_absolute_paths
 from lrurec_dist.errors import ConfigError, DataNotReadyError
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -185,7 +186,7 @@ def test_an_impossible_combination_names_setting_rule_and_way_out(overrides, set
         "log.partition_column=''",
         "synthetic.users=0",
         "synthetic.mean_length=3",
-        "dataset.shards=0",
+        "dataset.shards=-1",
         "batch.global_batch_size=0",
         "batch.shards_mixed=0",
         "model.dim=0",

@@ -13,7 +13,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from lrurec_dist import storage
-from lrurec_dist.config import Config, from_dict, to_dict
+from lrurec_dist.config import Config
+from lrurec_dist.config_file import from_dict, to_dict
 from lrurec_dist.errors import LrurecError
 from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.reporting import METRICS, MetricsFile
