@@ -1,12 +1,10 @@
 """The stages of a night, from log to verified bundle, each committed before the next begins."""
 
 import argparse
-import os
 import platform
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import ray
@@ -16,11 +14,11 @@ from lrurec_dist import __version__, storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import differences, load_config, to_dict, to_yaml, with_absolute_paths
 from lrurec_dist.data.batches import pad_left, training_lengths, untrained_targets
-from lrurec_dist.data.ray_feed import configure_ray_data
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import EXIT_DONE, BundleError, ConfigError, DataNotReadyError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
 from lrurec_dist.evaluate.ranking import top_k
+from lrurec_dist.ray_session import RaySession
 from lrurec_dist.reporting import (
     METRICS,
     MetricsFile,
@@ -88,14 +86,16 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
     """
     status = _open_run(config)
     started = time.perf_counter()
+    session = RaySession(config)
     try:
-        with _ray_session(config):
-            for stage in stages:
-                status.running(stage)
-                _STAGES[stage](config, status)
+        for stage in stages:
+            status.running(stage)
+            _STAGES[stage](config, status, session)
     except BaseException as error:
         status.failed(error)
         raise
+    finally:
+        session.close()
     status.done(bundle=status.stages.get("bundle", {}).get("outputs", {}).get("url"))
     say(f"done in {format_duration(time.perf_counter() - started)}")
 
@@ -113,35 +113,7 @@ def _open_run(config: Config) -> Status:
     return Status(config.run_dir)
 
 
-@contextmanager
-def _ray_session(config: Config) -> Iterator[None]:
-    """Connect to the cluster this job was submitted to (RAY_ADDRESS), or start Ray here for its duration.
-
-    Workers' output stays in Ray's own logs: what matters of it comes back as records and errors.
-    """
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"address": address, "logging_level": "ERROR", "log_to_driver": False}
-    if address == "local":
-        # Logical CPUs: the workers' own, and two for the data tasks that feed them.
-        cpus = config.train.workers * config.train.cpus_per_worker + 2
-        options["num_cpus"] = max(os.cpu_count() or 1, round(cpus + 0.5))
-    already = ray.is_initialized()
-    if not already:
-        ray.init(**options)
-    configure_ray_data()
-    if config.train.device == "cuda" and address == "local" and not use_cuda("auto"):
-        ray.shutdown()
-        raise ConfigError(
-            "train.device=cuda: this machine has no GPU that Ray can see; set train.device=cpu, or submit to a cluster"
-        )
-    try:
-        yield
-    finally:
-        if not already:
-            ray.shutdown()
-
-
-def _train(config: Config, status: Status) -> None:
+def _train(config: Config, status: Status, session: RaySession) -> None:
     dataset = _open_dataset(config)
     settings = {
         section: {
@@ -166,6 +138,7 @@ def _train(config: Config, status: Status) -> None:
     say(
         f"train: {missed:,} of {dataset.manifest['interactions']:,} interactions lie before every window of {config.batch.max_length} and are no targets"
     )
+    session.connect()
     launch_training(config)
     best = find_checkpoint(config.run_dir, "best")
     if best is None:
@@ -191,7 +164,7 @@ def _best_checkpoint(config: Config, dataset: SequenceDataset) -> tuple[str, dic
     return best, manifest
 
 
-def _evaluate(config: Config, status: Status) -> None:
+def _evaluate(config: Config, status: Status, session: RaySession) -> None:
     dataset = _open_dataset(config)
     best, manifest = _best_checkpoint(config, dataset)
     options = config.evaluate
@@ -214,6 +187,7 @@ def _evaluate(config: Config, status: Status) -> None:
             exclude_history=options.exclude_history,
             deepest=max(options.ks),
         )
+        session.connect()
         cuda = use_cuda(config.train.device)
         evaluation = evaluate_dataset(
             config.dataset_url,
@@ -240,7 +214,7 @@ def _evaluate(config: Config, status: Status) -> None:
     say(metrics_table({f"LRURec, step {outputs['step']:,}": outputs["model"], "popularity": outputs["popularity"]}, options.ks))
 
 
-def _bundle(config: Config, status: Status) -> None:
+def _bundle(config: Config, status: Status, _: RaySession) -> None:
     dataset = _open_dataset(config)
     best, manifest = _best_checkpoint(config, dataset)
     evaluation = status.stages["evaluate"]["outputs"]

@@ -7,10 +7,11 @@ from lrurec_dist.config import Config
 from lrurec_dist.data.events import EventRules, parse_time
 from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
 from lrurec_dist.data.synthetic import write_synthetic_log
+from lrurec_dist.ray_session import RaySession
 from lrurec_dist.reporting import Status, format_table, now_and_then, say
 
 
-def prepare(config: Config, status: Status) -> None:
+def prepare(config: Config, status: Status, session: RaySession) -> None:
     """Prepare the dataset of a run, or find it prepared, and commit the stage."""
     log = config.log
     path = log.path or write_synthetic_log(storage.join(config.run_dir, "log"), **asdict(config.synthetic))
@@ -41,7 +42,7 @@ def prepare(config: Config, status: Status) -> None:
         deleted_users=config.dataset.deleted_users,
         deleted_items=config.dataset.deleted_items,
     )
-    dataset, was_there = prepare_dataset(config.dataset_url, options, now_and_then("prepare"))
+    dataset, was_there = prepare_dataset(config.dataset_url, options, now_and_then("prepare"), session.connect)
     facts = dataset.manifest
     if was_there:
         say(f"prepare: skipped, {config.dataset_url} holds this log's dataset")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 
 from lrurec_dist.data.events import EventRules
 from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
@@ -79,10 +80,15 @@ def quiet(line: str) -> None:
     """Says nothing of the progress."""
 
 
+def ray_is_there() -> None:
+    """The test that lets tasks be used has the fixture ray_session."""
+    assert ray.is_initialized()
+
+
 def prepare(url: Path | str, log_path: Path | str, **changes: Any) -> tuple[SequenceDataset, bool]:
     rules = {field: changes.pop(field) for field in list(changes) if hasattr(RULES, field)}
     options = dataclasses.replace(OPTIONS, log_path=str(log_path), rules=dataclasses.replace(RULES, **rules), **changes)
-    return prepare_dataset(str(url), options, quiet)
+    return prepare_dataset(str(url), options, quiet, ray_is_there)
 
 
 def expected_keys(rows: list[Row]) -> list[Any]:

@@ -1,5 +1,6 @@
 """From a log to a prepared dataset, anew or by merging new files into last night's."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -50,13 +51,16 @@ class PrepareOptions:
     deleted_items: str = ""
 
 
-def prepare_dataset(url: str, options: PrepareOptions, progress: Callable[[str], None]) -> tuple[SequenceDataset, bool]:
+def prepare_dataset(
+    url: str, options: PrepareOptions, progress: Callable[[str], None], connect: Callable[[], None]
+) -> tuple[SequenceDataset, bool]:
     """Turn a log into a committed dataset at `url`, or find it there.
 
     Args:
         url: the dataset's directory.
         options: what it is made of.
-        progress: called with a line now and then.
+        progress: called with a line for each piece of work that is done.
+        connect: called before Ray is used, which is where the log's files exceed LOCAL_BYTES.
 
     Returns:
         The dataset, and whether it was there already, prepared from the same files in the same way.
@@ -86,7 +90,9 @@ def prepare_dataset(url: str, options: PrepareOptions, progress: Callable[[str],
     notes = inspect_schemas(fresh, options.rules) if fresh else []
     units = read_units(fresh, UNIT_BYTES)
     small = sum(unit.size for unit in units) + (_bytes_of(base) if base else 0) <= LOCAL_BYTES
-    passes = LocalPasses(threads=2) if small else RayPasses()
+    if not small:
+        connect()
+    passes = LocalPasses(threads=os.cpu_count() or 1) if small else RayPasses()
 
     parts: list[PartReport] = []
     for part in passes.read(units, options.rules, shards, url):
