@@ -44,12 +44,9 @@ class LogConfig:
         _require(len(set(names)) == 3, "log.*_column", names, "user, item and timestamp are three different columns")
         _require(self.max_key_bytes >= 1, "log.max_key_bytes", self.max_key_bytes, "needs at least 1")
         _require(self.max_user_events >= 0, "log.max_user_events", self.max_user_events, "cannot be negative; 0 is no limit")
-        _require(bool(self.partition_column), "log.partition_column", repr(self.partition_column), "needs a name")
+        no_range = self.to_partition and self.from_partition >= self.to_partition
         _require(
-            not self.to_partition or self.from_partition < self.to_partition,
-            "log.from_partition, log.to_partition",
-            (self.from_partition, self.to_partition),
-            "the range is empty: as text, from has to come before to, which is not read itself",
+            not no_range, "log.to_partition", self.to_partition, f"has to come after log.from_partition={self.from_partition}"
         )
 
 
@@ -65,9 +62,7 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         _require(self.users >= 1, "synthetic.users", self.users, "needs at least 1")
         _require(self.items >= 16, "synthetic.items", self.items, "needs at least 16, or there is nothing to learn")
-        _require(
-            self.mean_length >= 4, "synthetic.mean_length", self.mean_length, "needs at least 4, or few users can be evaluated"
-        )
+        _require(self.mean_length >= 4, "synthetic.mean_length", self.mean_length, "needs 4, or few users can be evaluated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +134,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require(self.negatives >= 0, "loss.negatives", self.negatives, "cannot be negative; 0 takes the whole catalogue")
-        _require(
-            not (self.negatives and self.include_padding_class),
-            "loss.negatives",
-            self.negatives,
-            "padding is never sampled; set loss.include_padding_class=false",
-        )
+        both = self.negatives and self.include_padding_class
+        _require(not both, "loss.negatives", self.negatives, "padding is never sampled; set loss.include_padding_class=false")
 
 
 @dataclass(frozen=True, kw_only=True)

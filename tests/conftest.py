@@ -10,7 +10,7 @@ import ray
 from lrurec_dist.data import prepare as prepare_module
 from lrurec_dist.data.ray_feed import configure_ray_data
 from lrurec_dist.data.sequences import SequenceDataset
-from tests.logs import CLEAN, DIRTY, prepare, write_parquet
+from tests.dirty_log import CLEAN, DIRTY, prepare, write_parquet
 from tests.stores import bucket as bucket
 from tests.stores import faulty as faulty
 from tests.stores import no_wait as no_wait

@@ -1,124 +1,64 @@
-"""A small dirty log, written in several ways, and what has to become of it."""
+"""Log files made directly, and what reading them gives."""
 
-import dataclasses
-import gzip
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
-from lrurec_dist.data.events import EventRules
-from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
-from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist import storage
+from lrurec_dist.data.events import EventBlock, EventRules, read_unit
+from lrurec_dist.data.sources import Source, read_units, resolve_sources
 
-Row = tuple[Any, Any, Any]  # user, item, time
-
-RULES = EventRules(
-    user_column="user",
-    item_column="item",
-    timestamp_column="time",
-    timestamp_unit="s",
-    keep=(),
-    since=None,
-    until=None,
-    max_key_bytes=64,
-)
-OPTIONS = PrepareOptions(
-    log_path="",
-    log_format="auto",
-    rules=RULES,
-    max_rejected_share=0.06,  # exactly what DIRTY is of DIRTY + CLEAN
-    drop_duplicates=False,
-    shards=3,
-)
+COLUMNS = ["user_id", "item_id", "time"]
 
 
-def make_clean() -> list[Row]:
-    """94 events of 11 users: many at the same time, one repeated, a user with one event and one with two."""
-    draw = np.random.default_rng(11)
-    columns = (draw.integers(*bounds, 89).tolist() for bounds in ((1, 10), (1, 25), (0, 12)))
-    return [*zip(*columns, strict=True), (100, 3, 5), (101, 4, 9), (101, 3, 9), (1, 1, 0), (1, 1, 0)]
+def rules(**changed: Any) -> EventRules:
+    """Rules for the columns `user_id`, `item_id`, `time` (in seconds), without conditions."""
+    defaults: dict[str, Any] = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "time"}
+    defaults |= {"timestamp_unit": "s", "keep": (), "since": None, "until": None, "max_key_bytes": 256}
+    return EventRules(**(defaults | changed))
 
 
-CLEAN = make_clean()
-DIRTY: list[Row] = [(None, 99, 3), (None, None, None), (1, None, 3), (2, 5, None), (2, 5, 2**62), (3, 98, 2**62)]
-REASONS = {"null_item_key": 1, "null_timestamp": 1, "null_user_key": 2, "out_of_range_timestamp": 2}
+def sources_of(path: str | Path) -> list[Source]:
+    return resolve_sources(str(path), log_format="auto", partition_column="date", from_partition="", to_partition="")
 
 
-def write_parquet(directory: Path, rows: list[Row], files: int = 1, seed: int = 0) -> str:
-    """The rows, shuffled over some files."""
-    directory.mkdir()
-    order = np.random.default_rng(seed).permutation(len(rows))
-    for file in range(files):
-        part = [rows[row] for row in order[file::files]]
-        columns = {name: pa.array([row[at] for row in part], pa.int64()) for at, name in enumerate(("user", "item", "time"))}
-        pq.write_table(pa.table(columns), directory / f"part-{file}.parquet")
-    return str(directory)
+def read_blocks(path: str | Path, unit_bytes: int = 1 << 40, **changed: Any) -> list[EventBlock]:
+    """All blocks of a log; every row of each is accounted for."""
+    blocks = [block for unit in read_units(sources_of(path), unit_bytes) for block in read_unit(unit, rules(**changed))]
+    for block in blocks:
+        assert block.rows_read == block.events.num_rows + block.quarantined.num_rows + sum(block.filtered.values())
+        assert block.events.column_names == ["user_key", "item_key", "timestamp"]
+        assert [block.events[name].null_count for name in block.events.column_names] == [0, 0, 0]
+        assert block.quarantined.column_names[-3:] == ["_reason", "_source", "_row"]
+        assert all(block.filtered.values())
+    return blocks
 
 
-def write_csv(directory: Path, rows: list[Row]) -> str:
-    """The rows with keys as text with leading zeros, in a plain and a compressed file, columns in another order."""
-    directory.mkdir()
-
-    def text_of(part: list[Row]) -> str:
-        lines = ["time,price,item,user"]
-        for user, item, time in part:
-            user, item = ("" if key is None else f"{key:03d}" for key in (user, item))
-            lines.append(f"{'' if time is None else 'soon' if time == 2**62 else time},9.99,{item},{user}")
-        return "\n".join([*lines, ""])
-
-    (directory / "a.csv").write_text(text_of(rows[::2]))
-    (directory / "b.csv.gz").write_bytes(gzip.compress(text_of(rows[1::2]).encode()))
-    return str(directory)
+def events_of(blocks: list[EventBlock]) -> list[tuple[Any, Any, int]]:
+    return [tuple(row.values()) for block in blocks for row in block.events.to_pylist()]
 
 
-def quiet(line: str) -> None:
-    """Says nothing of the progress."""
+def reasons_of(blocks: list[EventBlock]) -> dict[int, str]:
+    """Row number -> reason."""
+    return {row["_row"]: row["_reason"] for block in blocks for row in block.quarantined.select(["_row", "_reason"]).to_pylist()}
 
 
-def ray_is_there() -> None:
-    """The test that lets tasks be used has the fixture ray_session."""
-    assert ray.is_initialized()
+def filtered_of(blocks: list[EventBlock]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for block in blocks:
+        for reason, count in block.filtered.items():
+            total[reason] = total.get(reason, 0) + count
+    return total
 
 
-def prepare(url: Path | str, log_path: Path | str, **changes: Any) -> tuple[SequenceDataset, bool]:
-    rules = {field: changes.pop(field) for field in list(changes) if hasattr(RULES, field)}
-    options = dataclasses.replace(OPTIONS, log_path=str(log_path), rules=dataclasses.replace(RULES, **rules), **changes)
-    return prepare_dataset(str(url), options, quiet, ray_is_there)
+def write_parquet(path: str | Path, columns: Any, **options: Any) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), path, **options)
+    return str(path)
 
 
-def expected_keys(rows: list[Row]) -> list[Any]:
-    """Item keys in the order of their ids: by first time, then by key."""
-    first_seen: dict[Any, int] = {}
-    for _, item, time in rows:
-        first_seen[item] = min(time, first_seen.get(item, time))
-    return sorted(first_seen, key=lambda item: (first_seen[item], item))
-
-
-def expected_sequences(rows: list[Row]) -> dict[Any, list[Any]]:
-    """Item keys per user, by time, then by item id."""
-    ids = {key: index for index, key in enumerate(expected_keys(rows), start=1)}
-    sequences = defaultdict(list)
-    for user, item, _ in sorted(rows, key=lambda row: (row[2], ids[row[1]])):
-        sequences[user].append(item)
-    return dict(sequences)
-
-
-def sequences_of(dataset: SequenceDataset) -> dict[Any, list[Any]]:
-    """Item keys per user, as stored; a user who is in two places is an error."""
-    sequences = {}
-    for name in dataset.shard_names:
-        shard = dataset.read_shard(name)
-        for user, begin, end in zip(shard.user_keys.to_pylist(), shard.offsets, shard.offsets[1:], strict=False):
-            assert user not in sequences
-            sequences[user] = dataset.catalogue.keys_of(shard.item_ids[begin:end])
-    return sequences
-
-
-def kept_files(dataset: SequenceDataset) -> dict[str, Any]:
-    """Manifest entries of catalogue and sequences; what is quarantined names its source."""
-    return {name: entry for name, entry in dataset.manifest["files"].items() if not name.startswith("quarantine/")}
+def write_text(path: str | Path, text: str | bytes) -> str:
+    storage.write_bytes(str(path), text.encode() if isinstance(text, str) else text)
+    return str(path)

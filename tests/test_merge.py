@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lrurec_dist.errors import ConfigError, DataQualityError
-from tests.logs import CLEAN, expected_keys, expected_sequences, kept_files, prepare, sequences_of, write_csv, write_parquet
+from tests.dirty_log import CLEAN, expected_keys, expected_sequences, kept_files, prepare, sequences_of, write_csv, write_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -19,7 +19,7 @@ from lrurec_dist import storage
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.shards import shard_of
 from lrurec_dist.errors import CatalogueError, ConfigError, DataQualityError, IntegrityError, LrurecError
-from tests.logs import (
+from tests.dirty_log import (
     CLEAN,
     DIRTY,
     OPTIONS,

@@ -73,7 +73,7 @@ class Condition:
         scalars: Any = pa.array(self.values)
         if pa.types.is_large_string(column.type):
             scalars = scalars.cast(pa.large_string())
-        elif pa.types.is_floating(column.type) or pa.types.is_floating(scalars.type):
+        elif not pa.types.is_integer(column.type) or pa.types.is_floating(scalars.type):
             column, scalars = column.cast(pa.float64()), scalars.cast(pa.float64())
         else:
             column = column.cast(pa.int64())

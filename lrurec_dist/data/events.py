@@ -14,6 +14,8 @@ from lrurec_dist.data.readers import read_blocks, read_schema
 from lrurec_dist.data.sources import ReadUnit, Source, each
 from lrurec_dist.errors import ConfigError, DataQualityError
 
+_ORIGIN = ("_reason", "_source", "_row")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EventRules:
@@ -122,12 +124,13 @@ def _quarantine(raw: RawBlock, url: str, positions: np.ndarray, reasons: list[st
     if len(positions) or not raw.malformed.num_rows:
         rows = raw.originals(positions) if len(positions) else pa.table({})
         # Rows that were quarantined once, mended in part and read again bring these columns along.
-        rows = rows.drop_columns([name for name in ("_reason", "_source", "_row") if name in rows.column_names])
+        rows = rows.drop_columns([name for name in _ORIGIN if name in rows.column_names])
         parts.append(_with_origin(rows, reasons, url, pa.array(raw.rows[positions])))
     if raw.malformed.num_rows:
         malformed = raw.malformed.drop_columns(["_row"])
         parts.append(_with_origin(malformed, ["malformed_row"] * len(malformed), url, raw.malformed["_row"]))
-    return pa.concat_tables(parts, promote_options="default")
+    quarantined = pa.concat_tables(parts, promote_options="default")
+    return quarantined.select([*(name for name in quarantined.column_names if name not in _ORIGIN), *_ORIGIN])
 
 
 def _with_origin(rows: pa.Table, reasons: list[str], url: str, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
@@ -176,9 +179,7 @@ def inspect_schemas(sources: Sequence[Source], rules: EventRules) -> list[str]:
             _note_changes(before, schema, source.url, {columns.user, columns.item}, notes)
         before = schema
     if sampled:
-        columns.check(
-            f"none of {len(sampled):,} JSON Lines files, the last {source.url},", sorted(set().union(*sampled.values()))
-        )
+        columns.check(f"every JSON Lines file, such as {next(iter(sampled))},", sorted(set().union(*sampled.values())))
     return list(notes.values())
 
 

@@ -52,7 +52,11 @@ class Columns:
                 raise DataQualityError(f"{setting}: {url} has several columns {column}; rename all but one where it is written")
 
 
+def raw_lines(lines: Sequence[bytes]) -> pa.Table:
+    """Lines as they stand in a file: `_line` large_string, bytes that are not UTF-8 as escapes."""
+    return pa.table({"_line": pa.array([line.decode(errors="backslashreplace") for line in lines], pa.large_string())})
+
+
 def malformed_lines(lines: Sequence[bytes] = (), rows: np.ndarray | Sequence[int] = ()) -> pa.Table:
-    """Lines that are no rows: `_line` large_string (bytes that are not UTF-8 as escapes), `_row` int64."""
-    text = [line.decode(errors="backslashreplace") for line in lines]
-    return pa.table({"_line": pa.array(text, pa.large_string()), "_row": pa.array(rows, pa.int64())})
+    """Lines that are no rows: `_line` and `_row` int64."""
+    return raw_lines(lines).append_column("_row", pa.array(rows, pa.int64()))

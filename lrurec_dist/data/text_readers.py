@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.json
 
 from lrurec_dist import storage
-from lrurec_dist.data.raw_blocks import Columns, RawBlock, malformed_lines
+from lrurec_dist.data.raw_blocks import Columns, RawBlock, malformed_lines, raw_lines
 from lrurec_dist.data.sources import ReadUnit, Source
 from lrurec_dist.errors import DataQualityError
 
@@ -106,7 +106,8 @@ def _csv_block(block: bytes, first_row: int, header: list[str], wanted: list[str
         lines = _lines(block)
         rows = np.flatnonzero(_are_closed(lines))
         table, ragged = _parse_csv(b"\n".join(lines[row] for row in rows), header, wanted)
-        malformed = np.setdiff1d([row for row, line in enumerate(lines) if line], np.delete(rows, ragged))
+        written = np.array([row for row, line in enumerate(lines) if line], np.int64)  # not blank
+        malformed = np.setdiff1d(written, np.delete(rows, ragged))
     else:
         malformed = rows[ragged]
     parsed = np.delete(rows, ragged)
@@ -203,7 +204,7 @@ def _parse_json(block: bytes, columns: Columns, types: dict[str, pa.DataType]) -
 def _json_block(block: bytes, table: pa.Table, first_row: int) -> RawBlock:
     def originals(positions: np.ndarray) -> pa.Table:
         lines = _lines(block)
-        return malformed_lines([lines[row] for row in positions]).select(["_line"])
+        return raw_lines([lines[row] for row in positions])
 
     return RawBlock(table, np.arange(first_row, first_row + len(table)), malformed_lines(), originals)
 
@@ -219,10 +220,10 @@ def _json_lines(block: bytes, first_row: int, columns: Columns, types: dict[str,
     for name in columns.names:
         values = [value.get(name) for value in objects if value is not None]
         is_key, is_time = name in (columns.user, columns.item), name == columns.time
-        if name not in types and (kind := _json_type(values)) is not None and not pa.types.is_nested(kind):
-            numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-            if pa.types.is_integer(kind) or pa.types.is_string(kind) or not (is_key or is_time):
-                types[name] = kind if is_key or is_time or not numeric else pa.float64()
+        if name not in types and (kind := _json_type(values)) in _parsable(is_key or is_time):
+            types[name] = (
+                pa.float64() if kind == pa.int64() and not (is_key or is_time) else kind
+            )  # a price of 1 may be followed by 1.5
         if is_key or is_time:
             kinds = {pa.int64(), pa.string()} if is_time else {types.get(name, pa.string())}
             usable = [_key_type(value) in kinds for value in values]
@@ -234,7 +235,7 @@ def _json_lines(block: bytes, first_row: int, columns: Columns, types: dict[str,
             table[name] = pa.array([_json_text(value) for value in values], pa.string())
 
     def originals(positions: np.ndarray) -> pa.Table:
-        return malformed_lines([lines[row] for row in rows[positions]]).select(["_line"])
+        return raw_lines([lines[row] for row in rows[positions]])
 
     bad = malformed_lines([lines[row] for row in malformed], [first_row + row for row in malformed])
     return RawBlock(pa.table(table), first_row + rows, bad, originals, wrong if wrong.any() else None)
@@ -249,6 +250,10 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _parsable(key_or_time: bool) -> tuple[pa.DataType, ...]:
+    return (pa.int64(), pa.string()) if key_or_time else (pa.int64(), pa.string(), pa.float64(), pa.bool_())
 
 
 def _key_type(value: Any) -> pa.DataType | None:
