@@ -12,6 +12,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 from contextlib import suppress
@@ -21,6 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from lrurec_dist import stores
 from lrurec_dist.errors import IntegrityError
@@ -62,15 +64,28 @@ def _info(url: str) -> dict[str, Any] | None:
         return None
 
 
+def _entries(fs: fsspec.AbstractFileSystem, root: str, depth: float = math.inf) -> dict[str, dict[str, Any]]:
+    """Path and facts of all that lies below a directory, so many levels deep.
+
+    fsspec's own find and glob leave out what cannot be listed, so that a fault looks like fewer files.
+    """
+    found, directories = {}, [(root, 1)]
+    while directories:
+        directory, level = directories.pop()
+        with suppress(FileNotFoundError):  # removed in the meantime
+            for entry in fs.ls(directory, detail=True):
+                name = entry["name"].rstrip("/")
+                if name != directory.rstrip("/"):  # some stores have objects that stand for directories
+                    found[name] = entry
+                    if entry["type"] == "directory" and level < depth:
+                        directories.append((name, level + 1))
+    return found
+
+
 def _files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str, Any]]:
-    """Path and facts of each file below a directory; one that cannot be listed is an error, one that vanishes is not."""
-    options = {} if stores.is_object_store(fs) else {"on_error": _raise_unless_gone}  # by default fsspec leaves it out
-    return dict(fs.find(root, detail=True, **options))
-
-
-def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+    if stores.is_object_store(fs):
+        return dict(fs.find(root, detail=True))  # one listing, whatever the number of directories
+    return {name: entry for name, entry in _entries(fs, root).items() if entry["type"] != "directory"}
 
 
 def expand(pattern: str) -> dict[str, str]:
@@ -97,8 +112,12 @@ def _roots(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]
     """What a path means: itself if it is there, else what it matches as a glob."""
     with suppress(FileNotFoundError, NotADirectoryError):
         return {path: fs.info(path)}
-    options = {} if stores.is_object_store(fs) else {"on_error": _raise_unless_gone}
-    return dict(fs.glob(path, detail=True, **options)) if glob.has_magic(path) else {}
+    if not glob.has_magic(path):
+        return {}
+    root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+    depth = math.inf if "**" in path else path.count("/", len(root))
+    pattern = re.compile(glob_translate(path))
+    return {name: entry for name, entry in _entries(fs, root, depth).items() if pattern.match(name)}
 
 
 def _url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -199,7 +218,8 @@ def remove_tree(url: str) -> None:
 
     def remove(path: str) -> None:
         with suppress(FileNotFoundError):
-            fs.rm(path, recursive=True)
+            is_bucket = stores.is_object_store(fs) and "/" not in path  # which stays
+            fs.rm(list(_files_below(fs, path)) if is_bucket else path, recursive=not is_bucket)
 
     manifest = join(url, MANIFEST)
     if exists(manifest):  # a half-removed directory must not look committed

@@ -46,7 +46,7 @@ _jitter = random.SystemRandom()  # leaves the seeded generators alone
 
 def refuse_secrets(url: str) -> None:
     """Raise a ConfigError, without the secret, if the URL holds one."""
-    if _SECRET.search(url):
+    if "://" in url and _SECRET.search(url):
         raise ConfigError(
             f"{url.partition('://')[0]}://…: a URL holds no credentials, since it is written to logs and files; give them in the "
             "environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -87,7 +87,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         if scheme != "hdfs":
             raise
         raise ConfigError(
-            f"{url}: Hadoop's libraries do not load ({reason}); set JAVA_HOME, HADOOP_HOME and CLASSPATH=$(hadoop classpath --glob)"
+            f"{url}: Hadoop's libraries do not load ({_describe(reason)}); set JAVA_HOME, HADOOP_HOME and CLASSPATH=$(hadoop classpath --glob)"
         ) from None
 
 

@@ -1,8 +1,8 @@
 """An S3 server on loopback whose faults a test can order: `python -m tests.s3_server` prints its port.
 
 moto answers the requests, one at a time, so that a conditional write is as atomic as the real
-store's. `POST /-/faults` takes a list of faults, each used up after `times` matching requests;
-`POST /-/requests` returns what was asked since the last time.
+store's. `POST /-/faults` takes a list of faults, each used up after `times` matching requests, of
+which the first `after` go well; `POST /-/requests` returns what was asked since the last time.
 """
 
 import json
@@ -33,19 +33,25 @@ class Faulty:
         request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ['QUERY_STRING']}"
         self._requests.append(request)
         fault = next((fault for fault in self._faults if fault["times"] > 0 and re.search(fault["request"], request)), None)
+        if fault is not None and fault.get("after", 0) > 0:
+            fault["after"] -= 1
+            fault = None
         if fault is not None:
             fault["times"] -= 1
             if fault["action"] == "refuse":
                 start_response(f"{fault['status']} Fault", [("Content-Type", "application/xml"), ("Connection", "close")])
-                return [f"<Error><Code>{fault['code']}</Code><Message>ordered by a test</Message></Error>".encode()]
+                text = f"<Error><Code>{fault['code']}</Code><Message>ordered by a test</Message></Error>".encode()
+                return [] if environ["REQUEST_METHOD"] == "HEAD" else [text]
             if fault["action"] == "drop":
                 return self._dropped(environ)
         with self._one_at_a_time:
             answer = list(self._moto(environ, start_response))
         if fault is not None and fault["action"] == "lose the answer":
             return self._dropped(environ)
-        if fault is not None and fault["action"] == "cut the answer":
-            environ["werkzeug.socket"].sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"".join(answer)[:10])
+        if fault is not None and fault["action"] == "cut the answer":  # which a HEAD has none of
+            if environ["REQUEST_METHOD"] != "HEAD":
+                head = b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+                environ["werkzeug.socket"].sendall(head + b"".join(answer)[:10])
             return self._dropped(environ)
         return answer
 

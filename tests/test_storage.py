@@ -119,6 +119,14 @@ def test_a_file_a_directory_and_a_glob_expand_to_their_data_files(place, pattern
     assert names_of(place, storage.expand(place + pattern)) == found
 
 
+def test_links_on_local_disk_are_followed_where_they_are_named(tmp_path):
+    write_files(f"{tmp_path}/real", "a", "b")
+    os.symlink(tmp_path / "real", tmp_path / "directory")
+    os.symlink(tmp_path / "real" / "a", tmp_path / "file")
+    assert list(storage.expand(f"{tmp_path}/directory")) == [f"{tmp_path}/directory/a", f"{tmp_path}/directory/b"]
+    assert list(storage.expand(f"{tmp_path}/file")) == [f"{tmp_path}/file"]
+
+
 def test_files_below_a_hidden_directory_are_left_out(place):
     write_files(place, "a.parquet", "_temporary/0/half_written.parquet", ".trash/old.parquet")
     assert names_of(place, storage.expand(place)) == ["a.parquet"]
