@@ -22,8 +22,9 @@ from pathlib import Path
 import ray
 import torch
 
-from lrurec_dist.config import Config, load_config
-from lrurec_dist.data.batches import DataOrder, TrainingBatch, iter_batches
+from lrurec_dist.config import Config
+from lrurec_dist.config_io import load_config
+from lrurec_dist.data.batches import TrainingBatch, data_order, iter_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
@@ -49,15 +50,8 @@ DEFAULTS = [
 
 def batches_of(config: Config) -> list[TrainingBatch]:
     """The first STEPS batches that training sees on one worker."""
-    options = config.batch
-    order = DataOrder(
-        seed=config.seed,
-        shards_mixed=options.shards_mixed,
-        global_batch_size=options.global_batch_size,
-        max_length=options.max_length,
-        first_item_is_target=options.first_item_is_target,
-    )
     dataset = SequenceDataset(config.dataset_url)
+    order = data_order(config, dataset)
     return list(itertools.islice(iter_batches(dataset, order, epoch=0, first_batch=0, rank=0, world_size=1), STEPS))
 
 

@@ -1,21 +1,17 @@
-"""Every setting: frozen dataclasses, YAML that states the differences, `key=value` overrides.
+"""Every setting: frozen dataclasses with defaults, units and rules; `config_io.py` reads them.
 
 Defaults are the paper's where the paper has one (arXiv 2310.02367). A number is stated once; what
 follows from others (DeepSpeed's JSON, directories) is derived where it is used.
 """
 
 import dataclasses
-import difflib
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from typing import Literal
 
 from lrurec_dist import storage
-from lrurec_dist.errors import ConfigError, DataNotReadyError
+from lrurec_dist.errors import ConfigError
 
 
 def _require(holds: bool, setting: str, value: object, rule: str) -> None:
@@ -75,7 +71,10 @@ class BatchConfig:
     """How sequences become training batches."""
 
     global_batch_size: int = 128  # windows per optimizer step, all ranks together
+    tokens: int = 0  # above 0: windows of similar length, windows x longest at most this, instead of global_batch_size
     max_length: int = 50  # interactions per window
+    windows: Literal["paper", "sliding"] = "paper"  # sliding: overlapping, so that long histories lose no target
+    stride: int = 0  # sliding: targets of each window but a sequence's earliest, which predicts all it has
     first_item_is_target: bool = True  # predict a window's first item from padding, as the paper does
     shards_mixed: int = 64  # sequence shards shuffled together and held in memory by whoever cuts batches
     feed: Literal["auto", "local", "ray"] = "auto"  # local: each rank cuts its batches; ray: Ray Data tasks do, anywhere
@@ -84,6 +83,45 @@ class BatchConfig:
         _require(self.global_batch_size >= 1, "batch.global_batch_size", self.global_batch_size, "needs at least 1")
         _require(self.max_length >= 2, "batch.max_length", self.max_length, "next-item targets need at least 2")
         _require(self.shards_mixed >= 1, "batch.shards_mixed", self.shards_mixed, "needs at least 1")
+        _require(self.tokens >= 0, "batch.tokens", self.tokens, "cannot be negative; 0 takes global_batch_size windows")
+        _require(
+            self.windows == "paper" or 1 <= self.stride <= self.max_length,
+            "batch.stride",
+            self.stride,
+            f"batch.windows=sliding needs a stride from 1 to batch.max_length={self.max_length}, e.g. {self.max_length // 2}",
+        )
+        _require(
+            self.windows == "sliding" or self.stride == 0,
+            "batch.stride",
+            self.stride,
+            "means nothing to batch.windows=paper; set batch.windows=sliding, or leave it at 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """What trains, validates and tests."""
+
+    kind: Literal["leave_last_out", "global_time"] = "leave_last_out"  # each user's last items; or one moment for everybody
+    # Where training and validation end, for global_time: an integer in the log's unit, microseconds or position; a
+    # time, 2026-11-20 or 2026-11-20T06:00:00Z; or how much of the log's end is cut off: 2d, 12h, 30m, 10%.
+    train_until: str = ""
+    test_from: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("train_until", "test_from"):
+            value = getattr(self, name)
+            if self.kind == "leave_last_out":
+                _require(
+                    value == "", f"split.{name}", value, "means nothing to split.kind=leave_last_out; set split.kind=global_time"
+                )
+            else:
+                _require(
+                    re.fullmatch(r"-?\d+|\d+(\.\d+)?[dhm%]|\d{4}-\d\d-\d\d.*", value) is not None,
+                    f"split.{name}",
+                    repr(value),
+                    "is no time; split.kind=global_time needs one, such as 2d, 12h, 10%, 2026-11-20 or microseconds",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +240,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -212,11 +251,19 @@ class Config:
     def __post_init__(self) -> None:
         _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "needs a directory or URL")
         _require(self.seed >= 0, "seed", self.seed, "cannot be negative")
+        batch, workers = self.batch, self.train.workers
         _require(
-            self.batch.global_batch_size >= self.train.workers,
+            batch.tokens > 0 or batch.global_batch_size >= workers,
             "batch.global_batch_size",
-            self.batch.global_batch_size,
-            f"is below train.workers={self.train.workers}: a rank would never see data; raise the batch or take fewer workers",
+            batch.global_batch_size,
+            f"is below train.workers={workers}: a rank would never see data; raise the batch or take fewer workers",
+        )
+        _require(
+            batch.tokens == 0 or batch.tokens >= workers * batch.max_length,
+            "batch.tokens",
+            batch.tokens,
+            f"is below batch.max_length={batch.max_length} x train.workers={workers}: a rank could see no data; "
+            f"raise it to {workers * batch.max_length} or more, or take fewer workers",
         )
 
     @property
@@ -243,98 +290,3 @@ def with_absolute_paths(config: Config) -> Config:
         dataset=dataclasses.replace(config.dataset, dir=resolved(config.dataset.dir), parent=resolved(config.dataset.parent)),
         bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
     )
-
-
-def load_config(path: str | None = None, overrides: list[str] | None = None) -> Config:
-    """The configuration in a YAML file with `key=value` overrides on top.
-
-    Args:
-        path: YAML file; None for the defaults alone.
-        overrides: dotted assignments, e.g. `train.max_steps=200`.
-
-    Raises:
-        DataNotReadyError: the file does not exist.
-        ConfigError: an unknown key (the nearest known one is named), a wrong type, a value that
-            breaks a rule, an override that is not an assignment.
-    """
-    layers = [OmegaConf.structured(Config)]
-    if path is not None:
-        try:
-            text = storage.read_bytes(path).decode()
-        except FileNotFoundError:
-            raise DataNotReadyError(f"configuration {path} does not exist") from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
-        try:
-            layers.append(OmegaConf.create(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from None
-        if not isinstance(layers[-1], DictConfig):
-            raise ConfigError(f"{path} holds a list; a configuration is a mapping of settings to values")
-    for override in overrides or []:
-        if "=" not in override or override.startswith(("-", "=")):
-            raise ConfigError(f"{override!r} is not an override; write key=value, e.g. train.max_steps=200")
-        try:
-            layers.append(OmegaConf.from_dotlist([override]))
-        except yaml.YAMLError:
-            raise ConfigError(f"{override}: the value is not YAML; write key=value, lists as [1,5,10], text in quotes") from None
-        key = override.partition("=")[0]
-        if key in _SECTIONS:
-            raise ConfigError(f"{override}: {key} is a group of settings; set one of them, e.g. {_SECTIONS[key]}")
-    try:
-        merged = OmegaConf.merge(*layers)
-        config = OmegaConf.to_object(merged)
-    except (ConfigKeyError, ConfigAttributeError) as error:
-        raise ConfigError(_unknown_key(str(error.full_key))) from None
-    except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
-        raise ConfigError(f"{error.full_key or path}: {reason}; see lrurec_dist/config.py for what it takes") from None
-    except TypeError as error:
-        raise ConfigError(f"{path} {' '.join(overrides or [])}: {error}; a list is set whole, e.g. evaluate.ks=[10,20]") from None
-    assert isinstance(config, Config)
-    return config
-
-
-_SECTIONS = {
-    section.name: f"{section.name}.{dataclasses.fields(section.default_factory)[0].name}"  # type: ignore[arg-type]
-    for section in dataclasses.fields(Config)
-    if dataclasses.is_dataclass(section.default_factory)
-}
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The effective configuration as plain values."""
-    return dataclasses.asdict(config)
-
-
-def to_yaml(config: Config) -> str:
-    """The effective configuration as YAML, in the order of the dataclasses."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """The configuration that `to_dict` gave."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[return-value]
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`setting=old -> new` for every dotted setting in which two plain configurations differ."""
-    before, after = _flatten(old), _flatten(new)
-    return [
-        f"{key}={before.get(key, 'unset')} -> {after.get(key, 'unset')}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _unknown_key(key: str) -> str:
-    known = sorted(_flatten(to_dict(Config())) | dict.fromkeys(section.name for section in dataclasses.fields(Config)))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    return f"{key}: unknown setting; the nearest known one is {near}"

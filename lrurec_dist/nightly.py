@@ -14,11 +14,13 @@ import ray
 import torch
 
 from lrurec_dist import __version__, storage
-from lrurec_dist.config import Config, differences, load_config, to_dict, to_yaml, with_absolute_paths
-from lrurec_dist.data.batches import pad_left, training_lengths, untrained_targets
+from lrurec_dist.config import Config, with_absolute_paths
+from lrurec_dist.config_io import differences, load_config, to_dict, to_yaml
+from lrurec_dist.data.batches import data_order, pad_left, read_for_training, untrained_targets
 from lrurec_dist.data.prepare import prepare_dataset
 from lrurec_dist.data.ray_feed import configure_ray_data
 from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data.splits import audit_split, describe_split, resolve_split
 from lrurec_dist.data.synthetic import write_synthetic_log
 from lrurec_dist.errors import EXIT_DONE, BundleError, ConfigError, DataNotReadyError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
@@ -178,7 +180,7 @@ def _train(config: Config, status: Status) -> None:
             if f"{section}.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")
         }
         for section, values in to_dict(config).items()
-        if section in ("batch", "model", "loss", "train", "evaluate")
+        if section in ("split", "batch", "model", "loss", "train", "evaluate")
     }
     inputs = storage.fingerprint({"dataset": dataset.identity, "seed": config.seed, **settings})
     done = status.committed("train", inputs)
@@ -187,18 +189,20 @@ def _train(config: Config, status: Status) -> None:
         return
     if config.train.resume == "never":
         storage.remove_tree(storage.join(config.run_dir, "checkpoints"))
-    missed = sum(
-        untrained_targets(training_lengths(dataset.read_shard(name).lengths), config.batch.max_length)
-        for name in dataset.shard_names
-    )
+    order = data_order(config, dataset)
+    audit = audit_split(dataset, order.split)
+    say(f"train: split {describe_split(order.split, dataset.manifest['time_unit'])}; audited, nothing of a later part trains")
+    say(format_table(["split", "count"], [[name.replace("_", " "), count] for name, count in audit.items()]))
+    shards = (read_for_training(dataset, name, order) for name in dataset.shard_names)
+    missed = sum(untrained_targets(order.split.bounds(shard).train_end, order) for shard in shards)
     say(
-        f"train: {missed:,} of {dataset.manifest['interactions']:,} interactions lie before every window of {config.batch.max_length} and are no targets"
+        f"train: {missed:,} of {audit['train_interactions']:,} interactions to train on are no target of any window of {order.max_length}"
     )
     launch_training(config)
     best = find_checkpoint(config.run_dir, "best")
     if best is None:
         raise LrurecError("training ended without a checkpoint; this is a bug, please report it")
-    status.commit("train", inputs, {"best": best})
+    status.commit("train", inputs, {"best": best, "split": audit})
 
 
 def _open_dataset(config: Config) -> SequenceDataset:
@@ -228,6 +232,7 @@ def _evaluate(config: Config, status: Status) -> None:
             "dataset": dataset.identity,
             "checkpoint": manifest["files"],
             "evaluate": to_dict(config)["evaluate"],
+            "split": to_dict(config)["split"],
             "max_length": config.batch.max_length,
         }
     )
@@ -235,8 +240,10 @@ def _evaluate(config: Config, status: Status) -> None:
     if outputs:
         say(f"evaluate: skipped, {best} was evaluated on these inputs")
     else:
+        split = resolve_split(dataset, **asdict(config.split))
         protocol = RankingProtocol(
-            split="test",
+            split=split,
+            part="test",
             max_length=config.batch.max_length,
             batch_size=options.batch_size,
             exclude_history=options.exclude_history,
@@ -254,6 +261,9 @@ def _evaluate(config: Config, status: Status) -> None:
         outputs = {
             "users": evaluation.users,
             "unseen_targets": evaluation.unseen_targets,
+            "new_users": evaluation.new_users,
+            "without_history": evaluation.without_history,
+            "split": asdict(split),
             "step": manifest["progress"]["step"],
             "model": evaluation.model.metrics(options.ks),
             "popularity": evaluation.popularity.metrics(options.ks),
@@ -263,7 +273,8 @@ def _evaluate(config: Config, status: Status) -> None:
     history = "excluded from" if options.exclude_history else "among"
     say(
         f"evaluate: test, {outputs['users']:,} users, {dataset.num_items:,} items, history {history} the candidates; "
-        f"{outputs['unseen_targets']:,} targets never occur in the training part"
+        f"{outputs['unseen_targets']:,} targets never occur in the training part; {outputs['new_users']:,} users have none, "
+        f"{outputs['without_history']:,} more have no history at all and are left out"
     )
     say(metrics_table({f"LRURec, step {outputs['step']:,}": outputs["model"], "popularity": outputs["popularity"]}, options.ks))
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lrurec_dist.config import Config, LogConfig, differences, from_dict, load_config, to_dict, to_yaml, with_absolute_paths
+from lrurec_dist.config import Config, LogConfig, with_absolute_paths
+from lrurec_dist.config_io import differences, from_dict, load_config, to_dict, to_yaml
 from lrurec_dist.errors import ConfigError, DataNotReadyError
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data.splits import Split
 from lrurec_dist.errors import DataQualityError
 from lrurec_dist.evaluate.baselines import Popularity
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset, rank_shard, training_counts
@@ -26,8 +27,8 @@ def small_model() -> LRURec:
     return model.eval()
 
 
-def protocol(split: str = "test", **changes: object) -> RankingProtocol:
-    options = {"split": split, "max_length": 6, "batch_size": 7, "exclude_history": True, "deepest": 50}
+def protocol(part: str = "test", **changes: object) -> RankingProtocol:
+    options = {"split": Split(), "part": part, "max_length": 6, "batch_size": 7, "exclude_history": True, "deepest": 50}
     return RankingProtocol(**{**options, **changes})  # type: ignore[arg-type]
 
 
@@ -36,9 +37,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
     return write_dataset(str(tmp_path_factory.mktemp("evaluation")), chain_sequences(120, NUM_ITEMS), NUM_ITEMS, shards=5)
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("part", ["validation", "test"])
 @pytest.mark.parametrize("exclude_history", [True, False])
-def test_ranks_equal_the_slow_truth_user_by_user(dataset: SequenceDataset, split: str, exclude_history: bool) -> None:
+def test_ranks_equal_the_slow_truth_user_by_user(dataset: SequenceDataset, part: str, exclude_history: bool) -> None:
     model = small_model()
     truth = complex_parameters(model.state_dict(), 1)
     expected = np.zeros(52, dtype=np.int64)
@@ -48,12 +49,12 @@ def test_ranks_equal_the_slow_truth_user_by_user(dataset: SequenceDataset, split
         for begin, end in zip(shard.offsets[:-1], shard.offsets[1:], strict=True):
             if end - begin < 3:
                 continue
-            *history, target = shard.item_ids[begin : end if split == "test" else end - 1].tolist()
+            *history, target = shard.item_ids[begin : end if part == "test" else end - 1].tolist()
             vector = user_vectors(truth, history[-6:], 1)[-1]
             scores = truth["table.weight"] @ vector + truth["table.bias"]
             rank = rank_of(scores.tolist(), target, set(history) if exclude_history else set())
             expected[[0, min(rank, 51)]] += 1
-        actual += rank_shard(model, shard, protocol(split, exclude_history=exclude_history)).counts.numpy()
+        actual += rank_shard(model, shard, protocol(part, exclude_history=exclude_history)).counts.numpy()
     assert actual.tolist() == expected.tolist()
     assert actual[0] == dataset.manifest["users_evaluable"] > 50
 
@@ -87,7 +88,7 @@ def test_targets_that_never_occur_in_training_are_counted(tmp_path: Path) -> Non
 
 def test_training_counts_leave_both_held_out_items_out(tmp_path: Path) -> None:
     dataset = write_dataset(str(tmp_path / "counts"), [[1, 1, 2, 3], [4, 5], [6, 7, 8]], 8, shards=2)
-    counts = training_counts((dataset.read_shard(name) for name in dataset.shard_names), 8)
+    counts = training_counts((dataset.read_shard(name) for name in dataset.shard_names), Split(), 8)
     assert counts.tolist() == [0, 2, 0, 0, 1, 1, 1, 0, 0]
 
 

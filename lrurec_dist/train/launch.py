@@ -13,7 +13,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from lrurec_dist import storage
-from lrurec_dist.config import Config, from_dict, to_dict
+from lrurec_dist.config import Config
+from lrurec_dist.config_io import from_dict, to_dict
 from lrurec_dist.errors import LrurecError
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.process import keep_freed_memory

@@ -1,0 +1,109 @@
+"""Configurations from YAML that states the differences and `key=value` overrides, and as plain values."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lrurec_dist import storage
+from lrurec_dist.config import Config
+from lrurec_dist.errors import ConfigError, DataNotReadyError
+
+
+def load_config(path: str | None = None, overrides: list[str] | None = None) -> Config:
+    """The configuration in a YAML file with `key=value` overrides on top.
+
+    Args:
+        path: YAML file; None for the defaults alone.
+        overrides: dotted assignments, e.g. `train.max_steps=200`.
+
+    Raises:
+        DataNotReadyError: the file does not exist.
+        ConfigError: an unknown key (the nearest known one is named), a wrong type, a value that
+            breaks a rule, an override that is not an assignment.
+    """
+    layers = [OmegaConf.structured(Config)]
+    if path is not None:
+        try:
+            text = storage.read_bytes(path).decode()
+        except FileNotFoundError:
+            raise DataNotReadyError(f"configuration {path} does not exist") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
+        try:
+            layers.append(OmegaConf.create(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from None
+        if not isinstance(layers[-1], DictConfig):
+            raise ConfigError(f"{path} holds a list; a configuration is a mapping of settings to values")
+    for override in overrides or []:
+        if "=" not in override or override.startswith(("-", "=")):
+            raise ConfigError(f"{override!r} is not an override; write key=value, e.g. train.max_steps=200")
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except yaml.YAMLError:
+            raise ConfigError(f"{override}: the value is not YAML; write key=value, lists as [1,5,10], text in quotes") from None
+        key = override.partition("=")[0]
+        if key in _SECTIONS:
+            raise ConfigError(f"{override}: {key} is a group of settings; set one of them, e.g. {_SECTIONS[key]}")
+    try:
+        merged = OmegaConf.merge(*layers)
+        config = OmegaConf.to_object(merged)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        raise ConfigError(_unknown_key(str(error.full_key))) from None
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise ConfigError(f"{error.full_key or path}: {reason}; see lrurec_dist/config.py for what it takes") from None
+    except TypeError as error:
+        raise ConfigError(f"{path} {' '.join(overrides or [])}: {error}; a list is set whole, e.g. evaluate.ks=[10,20]") from None
+    assert isinstance(config, Config)
+    return config
+
+
+_SECTIONS = {
+    section.name: f"{section.name}.{dataclasses.fields(section.default_factory)[0].name}"  # type: ignore[arg-type]
+    for section in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(section.default_factory)
+}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The effective configuration as plain values."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The effective configuration as YAML, in the order of the dataclasses."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The configuration that `to_dict` gave."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[return-value]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`setting=old -> new` for every dotted setting in which two plain configurations differ."""
+    before, after = _flatten(old), _flatten(new)
+    return [
+        f"{key}={before.get(key, 'unset')} -> {after.get(key, 'unset')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _unknown_key(key: str) -> str:
+    known = sorted(_flatten(to_dict(Config())) | dict.fromkeys(section.name for section in dataclasses.fields(Config)))
+    same_name = [name for name in known if name.split(".")[-1] == key]  # its section was forgotten
+    near = (same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+    return f"{key}: unknown setting; the nearest known one is {near}"
