@@ -72,6 +72,36 @@ def test_evaluation_is_independent_of_the_number_of_workers(dataset: SequenceDat
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_a_global_time_split_evaluates_whoever_has_a_history_and_declares_the_others(tmp_path: Path) -> None:
+    users = [
+        ([1, 2, 3, 4], [1, 2, 12, 25]),  # test: 4 after 1, 2, 3
+        ([2, 1], [3, 4]),  # trains alone
+        ([5, 2], [15, 22]),  # no training part; test: 2 after 5
+        ([6], [21]),  # no history
+        ([1, 2], [9, 20]),  # test: 2 after 1
+    ]
+    sequences, times = map(list, zip(*users, strict=True))
+    dataset = write_dataset(str(tmp_path), sequences, NUM_ITEMS, timestamps=times)
+    split = Split(kind="global_time", train_until=10, test_from=20)
+    found = evaluate_dataset(dataset.url, small_model, protocol(split=split), workers=2, cpus_per_worker=0.5)
+    assert (found.users, found.unseen_targets, found.new_users, found.without_history) == (3, 1, 1, 1)
+    # item 1 trains three times, 2 twice: rank 1 for 4 (without 1, 2, 3) and for 2 after 1, rank 2 for 2 after 5
+    assert found.popularity.counts[:4].tolist() == [3, 2, 1, 0]
+    validation = evaluate_dataset(
+        dataset.url, small_model, protocol(split=split, part="validation"), workers=1, cpus_per_worker=0.5
+    )
+    assert (validation.users, validation.without_history) == (1, 1)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_global_time_split_that_evaluates_nobody_is_refused(tmp_path: Path) -> None:
+    dataset = write_dataset(str(tmp_path), [[1, 2], [3]], NUM_ITEMS, timestamps=[[1, 2], [30]])
+    split = Split(kind="global_time", train_until=10, test_from=20)
+    with pytest.raises(DataQualityError, match=r"none of 2 users has an interaction in the test part and one before it"):
+        evaluate_dataset(dataset.url, small_model, protocol(split=split), workers=1, cpus_per_worker=0.5)
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_a_dataset_without_evaluable_users_is_refused(tmp_path: Path) -> None:
     lonely = write_dataset(str(tmp_path / "short"), [[1, 2], [3]], NUM_ITEMS)
     with pytest.raises(DataQualityError, match="none of 2 users has 3 interactions"):
