@@ -24,7 +24,7 @@ import torch
 
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import load_config
-from lrurec_dist.data.batches import DataOrder, TrainingBatch, iter_batches
+from lrurec_dist.data.batches import TrainingBatch, iter_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
@@ -32,6 +32,7 @@ from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.reporting import METRICS, MetricsFile, format_table, say
 from lrurec_dist.train.launch import launch_training
 from lrurec_dist.train.optimizer import adamw
+from lrurec_dist.train.order import data_order
 
 STEPS, FIRST, TURNS = 80, 20, 3
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,15 +51,8 @@ DEFAULTS = [
 
 def batches_of(config: Config) -> list[TrainingBatch]:
     """The first STEPS batches that training sees on one worker."""
-    options = config.batch
-    order = DataOrder(
-        seed=config.seed,
-        shards_mixed=options.shards_mixed,
-        global_batch_size=options.global_batch_size,
-        max_length=options.max_length,
-        first_item_is_target=options.first_item_is_target,
-    )
     dataset = SequenceDataset(config.dataset_url)
+    order = data_order(config, dataset)
     return list(itertools.islice(iter_batches(dataset, order, epoch=0, first_batch=0, rank=0, world_size=1), STEPS))
 
 

@@ -5,6 +5,7 @@ follows from others (DeepSpeed's JSON, directories) is derived where it is used.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,7 +89,10 @@ class BatchConfig:
     """How sequences become training batches."""
 
     global_batch_size: int = 128  # windows per optimizer step, all ranks together
+    tokens: int = 0  # above 0: windows of similar length, windows x longest at most this, instead of global_batch_size
     max_length: int = 50  # interactions per window
+    windows: Literal["paper", "sliding"] = "paper"  # sliding: overlapping, so that long histories lose no target
+    stride: int = 0  # sliding: targets of each window but a sequence's earliest, which predicts all it has
     first_item_is_target: bool = True  # predict a window's first item from padding, as the paper does
     shards_mixed: int = 64  # sequence shards shuffled together and held in memory by whoever cuts batches
     feed: Literal["auto", "local", "ray"] = "auto"  # local: each rank cuts its batches; ray: Ray Data tasks do, anywhere
@@ -97,6 +101,45 @@ class BatchConfig:
         _require(self.global_batch_size >= 1, "batch.global_batch_size", self.global_batch_size, "needs at least 1")
         _require(self.max_length >= 2, "batch.max_length", self.max_length, "next-item targets need at least 2")
         _require(self.shards_mixed >= 1, "batch.shards_mixed", self.shards_mixed, "needs at least 1")
+        _require(self.tokens >= 0, "batch.tokens", self.tokens, "cannot be negative; 0 takes global_batch_size windows")
+        _require(
+            self.windows == "paper" or 1 <= self.stride <= self.max_length,
+            "batch.stride",
+            self.stride,
+            f"batch.windows=sliding needs a stride from 1 to batch.max_length={self.max_length}, e.g. {self.max_length // 2}",
+        )
+        _require(
+            self.windows == "sliding" or self.stride == 0,
+            "batch.stride",
+            self.stride,
+            "means nothing to batch.windows=paper; set batch.windows=sliding, or leave it at 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """What trains, validates and tests."""
+
+    kind: Literal["leave_last_out", "global_time"] = "leave_last_out"  # each user's last items; or one moment for everybody
+    # Where training and validation end, for global_time: an integer in the log's unit, microseconds or position; a
+    # time, 2026-11-20 or 2026-11-20T06:00:00Z; or how much of the log's end is cut off: 2d, 12h, 30m, 10%.
+    train_until: str = ""
+    test_from: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("train_until", "test_from"):
+            value = getattr(self, name)
+            if self.kind == "leave_last_out":
+                _require(
+                    value == "", f"split.{name}", value, "means nothing to split.kind=leave_last_out; set split.kind=global_time"
+                )
+            else:
+                _require(
+                    re.fullmatch(r"-?\d+|\d+(\.\d+)?[dhm%]|\d{4}-\d\d-\d\d.*", value) is not None,
+                    f"split.{name}",
+                    repr(value),
+                    "is no time; split.kind=global_time needs one, such as 2d, 12h, 10%, 2026-11-20 or microseconds",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +254,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -221,11 +265,19 @@ class Config:
     def __post_init__(self) -> None:
         _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "needs a directory or URL")
         _require(self.seed >= 0, "seed", self.seed, "cannot be negative")
+        batch, workers = self.batch, self.train.workers
         _require(
-            self.batch.global_batch_size >= self.train.workers,
+            batch.tokens > 0 or batch.global_batch_size >= workers,
             "batch.global_batch_size",
-            self.batch.global_batch_size,
-            f"is below train.workers={self.train.workers}: a rank would never see data; raise the batch or take fewer workers",
+            batch.global_batch_size,
+            f"is below train.workers={workers}: a rank would never see data; raise the batch or take fewer workers",
+        )
+        _require(
+            batch.tokens == 0 or batch.tokens >= workers * batch.max_length,
+            "batch.tokens",
+            batch.tokens,
+            f"is below batch.max_length={batch.max_length} x train.workers={workers}: a rank could see no data; "
+            f"raise it to {workers * batch.max_length} or more, or take fewer workers",
         )
 
     @property

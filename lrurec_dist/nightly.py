@@ -5,6 +5,7 @@ import platform
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import ray
@@ -13,8 +14,9 @@ import torch
 from lrurec_dist import __version__, storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import differences, load_config, to_dict, to_yaml, with_absolute_paths
-from lrurec_dist.data.batches import pad_left, training_lengths, untrained_targets
+from lrurec_dist.data.batches import pad_left, read_for_training, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data.splits import audit_split, describe_split, resolve_split
 from lrurec_dist.errors import EXIT_DONE, BundleError, ConfigError, DataNotReadyError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
 from lrurec_dist.evaluate.ranking import top_k
@@ -25,6 +27,7 @@ from lrurec_dist.reporting import (
     Status,
     exit_code_of,
     format_duration,
+    format_table,
     metrics_table,
     say,
 )
@@ -33,6 +36,7 @@ from lrurec_dist.serve.recommender import Recommender
 from lrurec_dist.stage_prepare import prepare
 from lrurec_dist.train.checkpoint import find_checkpoint, load_model, model_loader, read_checkpoint_manifest
 from lrurec_dist.train.launch import launch_training, use_cuda
+from lrurec_dist.train.order import data_order
 
 Stage = Literal["prepare", "train", "evaluate", "bundle"]
 
@@ -122,7 +126,7 @@ def _train(config: Config, status: Status, session: RaySession) -> None:
             if f"{section}.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")
         }
         for section, values in to_dict(config).items()
-        if section in ("batch", "model", "loss", "train", "evaluate")
+        if section in ("split", "batch", "model", "loss", "train", "evaluate")
     }
     inputs = storage.fingerprint({"dataset": dataset.identity, "seed": config.seed, **settings})
     done = status.committed("train", inputs)
@@ -131,19 +135,21 @@ def _train(config: Config, status: Status, session: RaySession) -> None:
         return
     if config.train.resume == "never":
         storage.remove_tree(storage.join(config.run_dir, "checkpoints"))
-    missed = sum(
-        untrained_targets(training_lengths(dataset.read_shard(name).lengths), config.batch.max_length)
-        for name in dataset.shard_names
-    )
+    order = data_order(config, dataset)
+    audit = audit_split(dataset, order.split)
+    say(f"train: split {describe_split(order.split, dataset.manifest['time_unit'])}; audited, nothing of a later part trains")
+    say(format_table(["split", "count"], [[name.replace("_", " "), count] for name, count in audit.items()]))
+    shards = (read_for_training(dataset, name, order) for name in dataset.shard_names)
+    missed = sum(untrained_targets(order.split.bounds(shard).train_end, order) for shard in shards)
     say(
-        f"train: {missed:,} of {dataset.manifest['interactions']:,} interactions lie before every window of {config.batch.max_length} and are no targets"
+        f"train: {missed:,} of {audit['train_interactions']:,} interactions to train on are no target of any window of {order.max_length}"
     )
     session.connect()
     launch_training(config)
     best = find_checkpoint(config.run_dir, "best")
     if best is None:
         raise LrurecError("training ended without a checkpoint; this is a bug, please report it")
-    status.commit("train", inputs, {"best": best})
+    status.commit("train", inputs, {"best": best, "split": audit})
 
 
 def _open_dataset(config: Config) -> SequenceDataset:
@@ -173,6 +179,7 @@ def _evaluate(config: Config, status: Status, session: RaySession) -> None:
             "dataset": dataset.identity,
             "checkpoint": manifest["files"],
             "evaluate": to_dict(config)["evaluate"],
+            "split": to_dict(config)["split"],
             "max_length": config.batch.max_length,
         }
     )
@@ -180,8 +187,10 @@ def _evaluate(config: Config, status: Status, session: RaySession) -> None:
     if outputs:
         say(f"evaluate: skipped, {best} was evaluated on these inputs")
     else:
+        split = resolve_split(dataset, **asdict(config.split))
         protocol = RankingProtocol(
-            split="test",
+            split=split,
+            part="test",
             max_length=config.batch.max_length,
             batch_size=options.batch_size,
             exclude_history=options.exclude_history,
@@ -200,6 +209,9 @@ def _evaluate(config: Config, status: Status, session: RaySession) -> None:
         outputs = {
             "users": evaluation.users,
             "unseen_targets": evaluation.unseen_targets,
+            "new_users": evaluation.new_users,
+            "without_history": evaluation.without_history,
+            "split": asdict(split),
             "step": manifest["progress"]["step"],
             "model": evaluation.model.metrics(options.ks),
             "popularity": evaluation.popularity.metrics(options.ks),
@@ -209,7 +221,8 @@ def _evaluate(config: Config, status: Status, session: RaySession) -> None:
     history = "excluded from" if options.exclude_history else "among"
     say(
         f"evaluate: test, {outputs['users']:,} users, {dataset.num_items:,} items, history {history} the candidates; "
-        f"{outputs['unseen_targets']:,} targets never occur in the training part"
+        f"{outputs['unseen_targets']:,} targets never occur in the training part; {outputs['new_users']:,} users have none, "
+        f"{outputs['without_history']:,} more have no history at all and are left out"
     )
     say(metrics_table({f"LRURec, step {outputs['step']:,}": outputs["model"], "popularity": outputs["popularity"]}, options.ks))
 

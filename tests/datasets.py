@@ -8,8 +8,14 @@ from lrurec_dist.data.catalogue import build_catalogue, save_catalogue
 from lrurec_dist.data.sequences import SCHEMA_VERSION, SequenceDataset
 
 
-def write_dataset(url: str, sequences: list[list[int]], num_items: int, shards: int = 3) -> SequenceDataset:
-    """A dataset of the given item_id sequences; user i is `u<i>` and lies in shard i mod shards."""
+def write_dataset(
+    url: str, sequences: list[list[int]], num_items: int, shards: int = 3, timestamps: list[list[int]] | None = None
+) -> SequenceDataset:
+    """A dataset of the given item_id sequences; user i is `u<i>` and lies in shard i mod shards.
+
+    Timestamps are microseconds where given, else places in the sequence.
+    """
+    times = timestamps or [list(range(len(sequence))) for sequence in sequences]
     keys = [f"i{item:03d}" for item in range(1, num_items + 1)]
     ones = pa.array(np.ones(num_items, dtype=np.int64))
     items = pa.table({"item_key": pa.array(keys, pa.large_string()), "count": ones, "first_seen": ones, "last_seen": ones})
@@ -21,7 +27,7 @@ def write_dataset(url: str, sequences: list[list[int]], num_items: int, shards: 
             {
                 "user_key": pa.array([f"u{user:04d}" for user in members], pa.large_string()),
                 "item_ids": pa.array([sequences[user] for user in members], pa.large_list(pa.int32())),
-                "timestamps": pa.array([list(range(len(sequences[user]))) for user in members], pa.large_list(pa.int64())),
+                "timestamps": pa.array([times[user] for user in members], pa.large_list(pa.int64())),
             }
         )
         storage.write_table(storage.join(url, f"sequences/part-{shard:05d}.parquet"), table)
@@ -32,6 +38,8 @@ def write_dataset(url: str, sequences: list[list[int]], num_items: int, shards: 
         "users_evaluable": sum(len(sequence) >= 3 for sequence in sequences),
         "interactions": sum(map(len, sequences)),
         "catalogue_fingerprint": catalogue.fingerprint,
+        "time_unit": "us" if timestamps else "position",
+        "time_range": [min(map(min, filter(None, times))), max(map(max, filter(None, times)))],
         "inputs": {"sources": {}},
     }
     storage.commit(url, description)

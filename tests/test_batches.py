@@ -14,16 +14,16 @@ from lrurec_dist.data.batches import (
     DataOrder,
     TrainingBatch,
     TrainingWindows,
-    count_windows,
     cut_windows,
     group_shards,
     iter_batches,
     iter_evaluation_batches,
     pad_left,
-    training_lengths,
     untrained_targets,
+    window_positions,
 )
 from lrurec_dist.data.sequences import SCHEMA_VERSION, SequenceDataset, SequenceShard
+from lrurec_dist.data.splits import Split
 from lrurec_dist.errors import DataQualityError
 
 MAX_LENGTH = 4
@@ -125,11 +125,8 @@ def test_windows_are_cut_as_the_paper_cuts_them(lengths, max_length):
 @given(lengths=st.lists(st.integers(0, 60), max_size=8), max_length=st.integers(2, 12))
 def test_untrained_targets_are_those_outside_every_window(lengths, max_length):
     outside = sum(length - len({item for window in paper_windows(length, max_length) for item in window}) for length in lengths)
-    assert untrained_targets(np.array(lengths, dtype=np.int64), max_length) == outside
-
-
-def test_the_last_two_interactions_are_held_out_where_three_are_there():
-    assert training_lengths(np.array([0, 1, 2, 3, 4, 50])).tolist() == [0, 1, 2, 1, 2, 48]
+    order = dataclasses.replace(ORDER, max_length=max_length)
+    assert untrained_targets(np.array(lengths, dtype=np.int64), order) == outside
 
 
 def test_rows_are_padded_on_the_left_only():
@@ -214,8 +211,8 @@ def test_num_targets_counts_the_targets_of_the_global_batch(dataset, first_item_
 
 
 def test_an_epoch_trains_on_every_target_that_is_not_held_out_or_left_over(dataset):
-    lengths = training_lengths(np.concatenate([np.array(lengths) for lengths in LENGTHS_PER_SHARD]))
-    expected = lengths.sum() - untrained_targets(lengths, MAX_LENGTH)
+    lengths = np.concatenate([Split().bounds(make_shard(sequences)).train_end for sequences in make_sequences()])
+    expected = lengths.sum() - untrained_targets(lengths, ORDER)
     assert sum(batch.num_targets for batch in epoch_of(dataset)) == expected
 
 
@@ -254,13 +251,14 @@ def test_an_epoch_mixes_the_windows_of_a_group(dataset):
     assert any(len(shards) > 1 for shards in mixed)
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("part", ["validation", "test"])
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 @pytest.mark.parametrize("sequences", make_sequences(), ids=["1-4", "5-7", "8-11", "12-23", "nobody evaluable"])
-def test_leave_last_out_asks_each_evaluable_user_once_for_the_right_item(sequences, split, batch_size):
-    held_out = {"validation": 2, "test": 1}[split]
+def test_leave_last_out_asks_each_evaluable_user_once_for_the_right_item(sequences, part, batch_size):
+    held_out = {"validation": 2, "test": 1}[part]
     asked = {}
-    for batch in iter_evaluation_batches(make_shard(sequences), split=split, max_length=MAX_LENGTH, batch_size=batch_size):
+    shard = make_shard(sequences)
+    for batch in iter_evaluation_batches(shard, split=Split(), part=part, max_length=MAX_LENGTH, batch_size=batch_size):
         assert 1 <= len(batch.users) <= batch_size
         assert batch.item_ids.shape[1] <= MAX_LENGTH
         assert np.any(batch.item_ids[:, 0] != PAD_ID)
@@ -277,7 +275,7 @@ def test_leave_last_out_asks_each_evaluable_user_once_for_the_right_item(sequenc
 
 def test_an_item_that_recurs_is_listed_once_in_the_full_history():
     shard = make_shard([[9, 9, 2, 9, 3, 3, 4, 7], [8, 8, 8]])
-    (batch,) = iter_evaluation_batches(shard, split="test", max_length=2, batch_size=10)
+    (batch,) = iter_evaluation_batches(shard, split=Split(), part="test", max_length=2, batch_size=10)
     pairs = list(zip(batch.history_rows.tolist(), batch.history_ids.tolist(), strict=True))
     assert pairs == [(0, 8), (1, 2), (1, 3), (1, 4), (1, 9)]
     assert batch.users.tolist() == [1, 0]
@@ -287,7 +285,9 @@ def test_an_item_that_recurs_is_listed_once_in_the_full_history():
 
 def test_evaluation_batches_follow_history_length():
     shard = make_shard([list(range(1, length + 1)) for length in (9, 3, 7, 3, 5)])
-    users = [batch.users.tolist() for batch in iter_evaluation_batches(shard, split="test", max_length=50, batch_size=2)]
+    users = [
+        batch.users.tolist() for batch in iter_evaluation_batches(shard, split=Split(), part="test", max_length=50, batch_size=2)
+    ]
     assert users == [[1, 3], [4, 2], [0]]
 
 
@@ -296,7 +296,7 @@ def test_windows_are_counted_without_being_cut(first_item_is_target):
     for lengths in [*LENGTHS_PER_SHARD, [0], []]:
         shard = make_shard([list(range(1, length + 1)) for length in lengths])
         order = dataclasses.replace(ORDER, first_item_is_target=first_item_is_target)
-        assert count_windows(shard.lengths, order) == len(TrainingWindows([shard], order))
+        assert window_positions(shard, order).tolist() == TrainingWindows([shard], order).positions.tolist()
 
 
 @pytest.mark.parametrize("first_batch", [1, 3, 5, 100])

@@ -164,6 +164,23 @@ def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
             "log.from_partition=2026-11-02",
         ),
         (["log.max_user_events=-1"], "log.max_user_events=-1", "cannot be negative", "0 is no limit"),
+        (
+            ["batch.tokens=99", "train.workers=2"],
+            "batch.tokens=99",
+            "is below batch.max_length=50 x train.workers=2",
+            "raise it to 100 or more",
+        ),
+        (["batch.windows=sliding"], "batch.stride=0", "needs a stride from 1 to batch.max_length=50", "e.g. 25"),
+        (["batch.windows=sliding", "batch.stride=51"], "batch.stride=51", "needs a stride from 1", "e.g. 25"),
+        (["batch.stride=5"], "batch.stride=5", "means nothing to batch.windows=paper", "set batch.windows=sliding"),
+        (["split.test_from=1d"], "split.test_from=1d", "means nothing to split.kind=leave_last_out", "split.kind=global_time"),
+        (["split.kind=global_time", "split.test_from=1d"], "split.train_until=''", "is no time", "such as 2d, 12h, 10%"),
+        (
+            ["split.kind=global_time", "split.train_until=2 days", "split.test_from=1d"],
+            "split.train_until='2 days'",
+            "is no time",
+            "such as 2d, 12h, 10%",
+        ),
         (["batch.max_length=1"], "batch.max_length=1", "next-item targets", "at least 2"),
         (["synthetic.items=2"], "synthetic.items=2", "nothing to learn", "at least 16"),
     ],
@@ -188,6 +205,7 @@ def test_an_impossible_combination_names_setting_rule_and_way_out(overrides, set
         "dataset.shards=-1",
         "batch.global_batch_size=0",
         "batch.shards_mixed=0",
+        "batch.tokens=-1",
         "model.dim=0",
         "model.hidden=0",
         "model.blocks=0",
@@ -246,6 +264,17 @@ def test_a_file_that_is_no_yaml_mapping_is_a_config_error_with_its_name(tmp_path
 def test_plain_values_and_yaml_give_the_same_configuration_back(path, tmp_path):
     for config in (load_config(path), load_config(path, OVERRIDES)):
         assert from_dict(to_dict(config)) == config
+        assert load_config(write_yaml(tmp_path / "effective.yaml", to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["2026-11-20", "'2026-11-20'", "2026-11-20T06:00:00Z", "2026-11-20 06:00", "1763596800000000", "2d", "10%"]
+)
+def test_moments_of_a_split_stay_text_in_files_and_overrides(tmp_path, text):
+    path = write_yaml(tmp_path / "a.yaml", f"split:\n  kind: global_time\n  train_until: {text}\n  test_from: 1d\n")
+    overrides = ["split.kind=global_time", f"split.train_until={text}", "split.test_from=1d"]
+    for config in (load_config(path), load_config(overrides=overrides)):
+        assert config.split.train_until == text.strip("'")
         assert load_config(write_yaml(tmp_path / "effective.yaml", to_yaml(config))) == config
 
 

@@ -10,10 +10,14 @@ import pytest
 
 from lrurec_dist.data import feed, ray_feed
 from lrurec_dist.data.batches import DataOrder, TrainingBatch, iter_batches
+from lrurec_dist.data.splits import Split
 from lrurec_dist.errors import IntegrityError
 from tests.datasets import chain_sequences, write_dataset
 
 ORDER = DataOrder(seed=5, shards_mixed=2, global_batch_size=9, max_length=4, first_item_is_target=True)
+OTHER_ORDER = dataclasses.replace(
+    ORDER, windows="sliding", stride=2, tokens=30, split=Split(kind="global_time", train_until=9, test_from=11)
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +46,24 @@ def test_a_feed_yields_the_batches_of_the_order_across_epochs(monkeypatch, datas
     assert len({batch.epoch for batch in fed}) >= 4
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_ray_tasks_keep_to_token_budget_sliding_windows_and_split(monkeypatch, dataset):
+    monkeypatch.setattr(ray_feed, "BATCHES_PER_TASK", 2)
+    place = {"epoch": 1, "first_batch": 5, "rank": 1, "world_size": 2}
+    expected = list(itertools.islice(iter_batches(dataset, OTHER_ORDER, **place), 45))
+    stream = feed.iter_training_batches(dataset, OTHER_ORDER, feed="ray", **place)
+    fed = list(itertools.islice(stream, len(expected)))
+    stream.close()
+    assert_same(fed, expected)
+    assert {batch.epoch for batch in fed} >= {1, 2}
+
+
 def test_a_rank_feeds_itself_where_a_group_of_shards_fits(monkeypatch, dataset):
     by_ray = object()
     monkeypatch.setattr(ray_feed, "iter_batches_by_ray", lambda *_, **__: by_ray)
     needed = feed.group_bytes(dataset, ORDER)
     assert needed == int(dataset.manifest["interactions"] * 2 / 5) * 8
+    assert feed.group_bytes(dataset, OTHER_ORDER) == 2 * needed, "timestamps take as much as items"
     monkeypatch.setattr(feed, "LOCAL_BYTES", needed)
     assert feed.iter_training_batches(dataset, ORDER, rank=0, world_size=1) is not by_ray
     monkeypatch.setattr(feed, "LOCAL_BYTES", needed - 1)

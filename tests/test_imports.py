@@ -98,7 +98,9 @@ def test_the_model_needs_torch_and_nothing_else(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [PACKAGE / "data" / f"{name}.py" for name in ("events", "catalogue", "sequences")], ids=lambda path: path.name
+    "path",
+    [PACKAGE / "data" / f"{name}.py" for name in ("events", "catalogue", "sequences", "splits")],
+    ids=lambda path: path.name,
 )
 def test_preparation_does_without_torch(path: Path) -> None:
     assert not any(name.split(".")[0] == "torch" for name in imported_modules(path))

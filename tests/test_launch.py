@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import load_config
@@ -12,6 +13,7 @@ from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.checkpoint import find_checkpoint, read_checkpoint_manifest
 from lrurec_dist.train.launch import launch_training
 from tests.datasets import chain_sequences, write_dataset
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 NUM_ITEMS = 25
@@ -64,6 +66,48 @@ def test_losses_and_metrics_are_independent_of_the_number_of_workers(tmp_path: P
         first = records(tmp_path / "1", "validation")
         for name in ("recall@10", "ndcg@10", "mrr@50"):
             assert [record[name] for record in validations] == pytest.approx([record[name] for record in first], abs=0.01)
+
+
+OTHER_OPTIONS = (
+    "split.kind=global_time",
+    "split.train_until=9",
+    "split.test_from=11",
+    "batch.windows=sliding",
+    "batch.stride=3",
+    "batch.tokens=80",
+    "loss.negatives=20",
+)
+
+
+def test_losses_with_every_option_of_the_data_order_are_independent_of_the_number_of_workers(
+    tmp_path: Path, dataset_url: str
+) -> None:
+    for workers in (1, 2):
+        launch_training(configure(tmp_path / str(workers), dataset_url, *OTHER_OPTIONS, f"train.workers={workers}"))
+    alone = losses(tmp_path / "1")
+    assert alone[20] < alone[5]
+    assert losses(tmp_path / "2") == pytest.approx(alone, rel=1e-5)
+    longer_than_nine = sum(len(sequence) > 9 for sequence in chain_sequences(100, NUM_ITEMS))
+    for workers in (1, 2):
+        assert [record["users"] for record in records(tmp_path / str(workers), "validation")] == [longer_than_nine] * 2
+    # context before the targets is no padding: a window of 8 positions with 3 targets is full
+    assert all(1 <= record["padded_per_real"] < 1.3 for record in records(tmp_path / "1", "train"))
+
+
+def probabilities_of(config: Config) -> list[float]:
+    from lrurec_dist.train.loop import _Worker  # DeepSpeed only where a rank runs
+
+    sampler = _Worker(config, torch.device("cpu")).sampler
+    assert sampler is not None
+    return sampler.log_probability[1:].exp().tolist()
+
+
+def test_negatives_are_drawn_by_the_counts_of_the_training_part_alone(tmp_path: Path) -> None:
+    # item 3 is always held out, item 2 always validates: neither occurs in training, so both are as rare as possible
+    url = write_dataset(str(tmp_path / "data"), [[1, 1, 2, 3], [1, 4, 2, 3], [1, 2, 3]], 4, shards=2).url
+    config = configure(tmp_path / "run", url, "loss.negatives=5")
+    for probabilities in run_ranks(2, probabilities_of, config):
+        assert probabilities == pytest.approx([4 / 7, 1 / 7, 1 / 7, 1 / 7])  # without any: as with a single occurrence
 
 
 def test_a_continued_run_repeats_the_losses_of_an_uninterrupted_one(tmp_path: Path, dataset_url: str) -> None:

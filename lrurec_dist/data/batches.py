@@ -1,25 +1,26 @@
-"""From sequences to left-padded batches: splits, windows, a data order that is a function, the feed.
+"""From sequences to left-padded batches: windows, a data order that is a function, evaluation batches.
 
 The order of training windows is a function of (seed, epoch) alone: shards are permuted and taken
 in groups, the windows of a group are shuffled together and cut into global batches, and a rank
 takes its slice of each. So any number of workers sees the same global batches, no rank runs out
 before another, and no window is dropped or repeated within an epoch. The last batch of a group
-may be short; the loss is weighted by targets, so that is no bias. `feed.py` decides where batches
-are made.
+may be short; the loss is weighted by targets, so that is no bias. `splits.py` says what trains,
+`feed.py` decides where batches are made.
 """
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lrurec_dist import PAD_ID
-from lrurec_dist.data.sequences import MIN_EVALUABLE, SequenceDataset, SequenceShard
+from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
+from lrurec_dist.data.splits import Part, Split
 from lrurec_dist.errors import DataQualityError
 
-Split = Literal["validation", "test"]
+BATCHES_SORTED = 256  # full-length batches whose windows are sorted by length together, under a token budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,10 @@ class DataOrder:
 
     `seed` shuffles; `shards_mixed` sequence shards are shuffled together and held in memory;
     `global_batch_size` windows of at most `max_length` interactions make one batch of all ranks;
-    `first_item_is_target`: a window's first item is predicted too, from padding.
+    `first_item_is_target`: a window's first item is predicted too, from padding. `windows`: `paper`
+    as `cut_windows`, `sliding` as `slide_windows` with `stride`. `tokens` above 0 replaces the fixed
+    number of windows: windows of similar length, as many as fit windows x longest <= tokens.
+    `split` says what trains.
     """
 
     seed: int
@@ -36,6 +40,10 @@ class DataOrder:
     global_batch_size: int
     max_length: int
     first_item_is_target: bool
+    windows: Literal["paper", "sliding"] = "paper"
+    stride: int = 0
+    tokens: int = 0
+    split: Split = field(default_factory=Split)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class TrainingBatch:
 
     `item_ids` and `targets` are (batch, length) int64 with padding on the left, cut to the longest
     window of the slice; `targets[b, t]` is the item after `item_ids[b, t]`, or `PAD_ID` where
-    nothing is predicted. `num_targets` counts the targets of the *global* batch. `epoch`, shard
+    nothing is predicted: a row's targets are a suffix, and before them may lie items that are
+    input alone. `num_targets` counts the targets of the *global* batch. `epoch`, shard
     `group` and `batch` within them are the batch's address.
     """
 
@@ -73,11 +82,6 @@ class EvaluationBatch:
     users: np.ndarray
 
 
-def training_lengths(lengths: np.ndarray) -> np.ndarray:
-    """How much of each sequence trains: all but the last two interactions, or all of a short one."""
-    return np.where(lengths >= MIN_EVALUABLE, lengths - 2, lengths)
-
-
 def cut_windows(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Training windows as the paper cuts them: (sequence, begin, end) with targets begin..end-1.
 
@@ -92,10 +96,54 @@ def cut_windows(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.nd
     return sequence, np.maximum(end - max_length, 0), end
 
 
-def untrained_targets(lengths: np.ndarray, max_length: int) -> int:
-    """Interactions of the training part that no window has as a target."""
-    _, begin, end = cut_windows(lengths, max_length)
-    return int(lengths.sum() - (end - begin).sum())
+def slide_windows(lengths: np.ndarray, max_length: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Overlapping windows that leave no target out: (sequence, end, targets), targets end-targets..end-1.
+
+    Windows end at a sequence's end and every `stride` before it, and each predicts its last
+    `stride` positions from a full window of max_length; the earliest, that has no more than
+    max_length before its end, predicts all it has. So every interaction is a target exactly once,
+    and all but the earliest max_length of a sequence are predicted from at least max_length - stride.
+    """
+    cuts = np.where(lengths <= max_length, np.minimum(lengths, 1), 1 - (max_length - lengths) // stride)
+    sequence = np.repeat(np.arange(len(lengths)), cuts)
+    nth_from_end = np.arange(len(sequence)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+    end = lengths[sequence] - nth_from_end * stride
+    return sequence, end, np.where(end <= max_length, end, stride)
+
+
+class Windows(NamedTuple):
+    """Training windows that have a target, each array (windows,), places within the training part of a sequence.
+
+    A window's positions are its last `positions` places before `end`; the last `num_targets` of
+    them are predicted, each from the place before it, unless that lies before `first_input`.
+    """
+
+    sequence: np.ndarray
+    first_input: np.ndarray
+    end: np.ndarray
+    positions: np.ndarray
+    num_targets: np.ndarray
+
+
+def training_windows(lengths: np.ndarray, order: DataOrder) -> Windows:
+    """The windows of training parts of the given lengths."""
+    if order.windows == "sliding":
+        skipped = 0 if order.first_item_is_target else 1  # the first interaction is input alone
+        sequence, end, num_targets = slide_windows(np.maximum(lengths - skipped, 0), order.max_length, order.stride)
+        positions = np.minimum(end, order.max_length)
+        end = end + skipped
+        return Windows(sequence, np.maximum(end - positions - 1, 0), end, positions, num_targets)
+    sequence, begin, end = cut_windows(lengths, order.max_length)
+    # A whole short history's last window knows the item before it; a cut one starts afresh, as in the paper.
+    has_context = (begin > 0) & (lengths[sequence] < 2 * order.max_length)
+    num_targets = end - begin if order.first_item_is_target else end - begin - ~has_context
+    windows = Windows(sequence, begin - has_context, end, num_targets, num_targets)
+    return Windows(*(values[num_targets > 0] for values in windows))
+
+
+def untrained_targets(lengths: np.ndarray, order: DataOrder) -> int:
+    """Interactions of training parts of the given lengths that no window has as a target."""
+    return int(lengths.sum() - training_windows(lengths, order).num_targets.sum())
 
 
 def pad_left(rows: list[np.ndarray], length: int) -> np.ndarray:
@@ -114,25 +162,22 @@ class TrainingWindows:
         self._items = np.concatenate([shard.item_ids for shard in shards])
         starts = np.cumsum([0, *(len(shard.item_ids) for shard in shards)])
         offsets = np.concatenate([shard.offsets[:-1] + start for shard, start in zip(shards, starts, strict=False)])
-        trained = training_lengths(np.concatenate([shard.lengths for shard in shards]))
-        sequence, begin, end = cut_windows(trained, order.max_length)
-        # A whole short history's last window knows the item before it; a cut one starts afresh, as in the paper.
-        has_context = (begin > 0) & (trained[sequence] < 2 * order.max_length)
-        targets = end - begin if order.first_item_is_target else end - begin - ~has_context
-        useful = targets > 0
-        self._first_input = (offsets[sequence] + begin - has_context)[useful]
-        self._end = (offsets[sequence] + end)[useful]
-        self.num_targets = targets[useful]
+        windows = training_windows(np.concatenate([order.split.bounds(shard).train_end for shard in shards]), order)
+        self._first_input = offsets[windows.sequence] + windows.first_input
+        self._end = offsets[windows.sequence] + windows.end
+        self.positions = windows.positions
+        self.num_targets = windows.num_targets
 
     def __len__(self) -> int:
         return len(self._end)
 
     def collate(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(item_ids, targets) of the given windows, each (len(windows), longest) int64."""
-        length = int(self.num_targets[windows].max(initial=1))
-        target_at = self._end[windows, None] - np.arange(length, 0, -1)  # place of each target; its input is the one before
-        is_target = target_at >= (self._end - self.num_targets)[windows, None]
-        is_input = (target_at > self._first_input[windows, None]) & is_target
+        length = int(self.positions[windows].max(initial=1))
+        end = self._end[windows, None]
+        target_at = end - np.arange(length, 0, -1)  # place of each position's target; its input is the one before
+        is_target = target_at >= end - self.num_targets[windows, None]
+        is_input = (target_at > self._first_input[windows, None]) & (target_at >= end - self.positions[windows, None])
         return (
             np.where(is_input, self._items[target_at - 1], PAD_ID),
             np.where(is_target, self._items[target_at], PAD_ID),
@@ -152,12 +197,55 @@ def group_shards(names: list[str], order: DataOrder, epoch: int) -> list[list[st
     ]
 
 
-def count_windows(lengths: np.ndarray, order: DataOrder) -> int:
-    """How many training windows with a target the sequences of these lengths give."""
-    trained = training_lengths(lengths)
-    sequence, begin, end = cut_windows(trained, order.max_length)
-    alone = (end - begin == 1) & (begin == 0)  # a single interaction: a target only from padding
-    return len(sequence) - (0 if order.first_item_is_target else int(alone.sum()))
+def read_for_training(dataset: SequenceDataset, name: str, order: DataOrder) -> SequenceShard:
+    """A shard with what its split needs."""
+    return dataset.read_shard(name, timestamps=order.split.needs_timestamps)
+
+
+def window_positions(shard: SequenceShard, order: DataOrder) -> np.ndarray:
+    """Positions of each training window of a shard, in a type as small as they allow: what `plan_batches` asks for."""
+    positions = training_windows(order.split.bounds(shard).train_end, order).positions
+    return positions.astype(np.min_scalar_type(order.max_length))
+
+
+def plan_batches(positions: np.ndarray, order: DataOrder, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """How the windows of a group become global batches; a function of its arguments.
+
+    Args:
+        positions: (windows,) of each window of the group.
+        order: how many windows, or with how many positions, make a batch.
+        epoch: of which this is
+        group: the how-manieth group of shards.
+
+    Returns:
+        (windows,) window numbers and (batches, 2) bounds: batch b holds windows[bounds[b, 0]:bounds[b, 1]].
+
+    Under a token budget, windows are shuffled, sorted by length within large chunks, cut from the
+    longest down, and the batches shuffled: windows of one length meet others every epoch, and a
+    chunk's last batch may be short.
+    """
+    draw = np.random.default_rng([order.seed, epoch, group])
+    windows = draw.permutation(len(positions))
+    if order.tokens == 0:
+        begins = np.arange(0, len(windows), order.global_batch_size)
+        return windows, np.stack([begins, np.minimum(begins + order.global_batch_size, len(windows))], axis=1)
+    chunk = BATCHES_SORTED * order.tokens // order.max_length
+    windows = windows[np.lexsort((-positions[windows].astype(np.int64), np.arange(len(windows)) // chunk))]
+    bounds = []
+    begin = 0
+    while begin < len(windows):
+        end_of_chunk = min((begin // chunk + 1) * chunk, len(windows))
+        end = min(begin + max(1, order.tokens // int(positions[windows[begin]])), end_of_chunk)
+        bounds.append((begin, end))
+        begin = end
+    return windows, draw.permutation(np.array(bounds, dtype=np.int64).reshape(-1, 2))
+
+
+def count_batches(positions: np.ndarray, order: DataOrder, epoch: int, group: int) -> int:
+    """How many batches `plan_batches` makes."""
+    if order.tokens == 0:
+        return -(-len(positions) // order.global_batch_size)
+    return len(plan_batches(positions, order, epoch, group)[1])
 
 
 def iter_batches(
@@ -174,8 +262,8 @@ def iter_batches(
         for group, names in enumerate(group_shards(dataset.shard_names, order, at_epoch)):
             if windows is None or names != held:
                 windows = None  # before the next group is read: only one is held
-                windows, held = TrainingWindows([dataset.read_shard(name) for name in names], order), names
-            batches = -(-len(windows) // order.global_batch_size)
+                windows, held = TrainingWindows([read_for_training(dataset, name, order) for name in names], order), names
+            batches = count_batches(windows.positions, order, at_epoch, group)
             begin = max(0, first_batch - batches_before) if at_epoch == epoch else 0
             yield from cut_batches(windows, range(begin, batches), order, at_epoch, group, rank, world_size)
             batches_before += batches
@@ -194,29 +282,32 @@ def cut_batches(
     windows: TrainingWindows, batches: range, order: DataOrder, epoch: int, group: int, rank: int, world_size: int
 ) -> Iterator[TrainingBatch]:
     """One rank's slice of the given batches of one group of shards."""
-    shuffled = np.random.default_rng([order.seed, epoch, group]).permutation(len(windows))
+    shuffled, bounds = plan_batches(windows.positions, order, epoch, group)
     for batch in batches:
-        members = shuffled[batch * order.global_batch_size : (batch + 1) * order.global_batch_size]
+        members = shuffled[slice(*bounds[batch])]
         low, high = (len(members) * bound // world_size for bound in (rank, rank + 1))
         item_ids, targets = windows.collate(members[low:high])
         yield TrainingBatch(item_ids, targets, int(windows.num_targets[members].sum()), epoch, group, batch)
 
 
-def iter_evaluation_batches(shard: SequenceShard, *, split: Split, max_length: int, batch_size: int) -> Iterator[EvaluationBatch]:
-    """Every evaluable user of a shard once: history and next item under leave-last-out.
+def iter_evaluation_batches(
+    shard: SequenceShard, *, split: Split, part: Part, max_length: int, batch_size: int
+) -> Iterator[EvaluationBatch]:
+    """Every evaluable user of a shard once: the target of a part, and everything before it as history.
 
-    Test: the last item, after all others. Validation: the last but one, after those before it.
-    Users with fewer than three interactions are not evaluable. Batches follow history length and
-    depend on the shard alone, so the products, and with them every rank, are the same on any
-    number of workers.
+    A user without a target, or without anything before it, is not evaluable. Batches follow
+    history length and depend on the shard alone, so the products, and with them every rank, are
+    the same on any number of workers.
     """
-    held_out = 1 if split == "test" else 2
-    users = np.flatnonzero(shard.lengths >= MIN_EVALUABLE)
-    users = users[np.argsort(shard.lengths[users], kind="stable")]
+    bounds = split.bounds(shard)
+    history_lengths, _ = bounds.part(part)
+    users = np.flatnonzero(bounds.evaluable(part))
+    users = users[np.argsort(history_lengths[users], kind="stable")]
     for begin in range(0, len(users), batch_size):
         members = users[begin : begin + batch_size]
-        ends = shard.offsets[members + 1] - held_out
-        histories = [shard.item_ids[start:end] for start, end in zip(shard.offsets[members], ends, strict=True)]
+        starts = shard.offsets[members]
+        ends = starts + history_lengths[members]
+        histories = [shard.item_ids[start:end] for start, end in zip(starts, ends, strict=True)]
         distinct = [np.unique(history) for history in histories]
         yield EvaluationBatch(
             item_ids=pad_left([history[-max_length:] for history in histories], min(max_length, max(map(len, histories)))),

@@ -48,7 +48,8 @@ def iter_training_batches(
 def group_bytes(dataset: SequenceDataset, order: DataOrder) -> int:
     """About how much memory a group of shards takes that is being cut into batches."""
     share = min(1.0, order.shards_mixed / len(dataset.shard_names))
-    return int(dataset.manifest["interactions"] * share) * BYTES_PER_INTERACTION
+    columns = 2 if order.split.needs_timestamps else 1
+    return int(dataset.manifest["interactions"] * share) * columns * BYTES_PER_INTERACTION
 
 
 def _ahead(batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:

@@ -16,10 +16,12 @@ from lrurec_dist.data.batches import (
     DataOrder,
     TrainingBatch,
     TrainingWindows,
-    count_windows,
+    count_batches,
     cut_batches,
     group_shards,
+    read_for_training,
     require_windows,
+    window_positions,
 )
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DataQualityError
@@ -39,13 +41,14 @@ def iter_batches_by_ray(
     would drop rows and hand them out by timing. One row is one whole batch, so nothing is collated
     in the training process.
     """
-    windows = {name: count_windows(dataset.read_shard(name).lengths, order) for name in dataset.shard_names}
-    require_windows(dataset, sum(windows.values()))
+    positions = {name: window_positions(read_for_training(dataset, name, order), order) for name in dataset.shard_names}
+    require_windows(dataset, sum(map(len, positions.values())))
     make = functools.partial(
         _make_batches, url=dataset.url, identity=dataset.identity, order=order, rank=rank, world_size=world_size
     )
-    addresses = _addresses(dataset.shard_names, windows, order, epoch, first_batch)
-    bytes_per_task = BATCHES_PER_TASK * -(-order.global_batch_size // world_size) * order.max_length * 8  # ids, targets: int32
+    addresses = _addresses(dataset.shard_names, positions, order, epoch, first_batch)
+    positions_per_batch = order.tokens or order.global_batch_size * order.max_length
+    bytes_per_task = BATCHES_PER_TASK * -(-positions_per_batch // world_size) * 8  # ids, targets: int32
     most_tasks = max(1, min(TASKS_PER_EXECUTION, EXECUTION_BYTES // bytes_per_task))
     # The scheduling loop of an execution takes a core while tasks run, and the interpreter's lock with
     # it: it runs in a process of its own. An execution is run to its end ahead of its use, since one
@@ -74,13 +77,13 @@ class _Executor:
 
 
 def _addresses(
-    names: list[str], windows: dict[str, int], order: DataOrder, epoch: int, first_batch: int
+    names: list[str], positions: dict[str, np.ndarray], order: DataOrder, epoch: int, first_batch: int
 ) -> Iterator[dict[str, int]]:
     """What one feeding task makes, without end: batches begin..end-1 of a group of an epoch."""
     for at_epoch in itertools.count(epoch):
         to_skip = first_batch if at_epoch == epoch else 0
         for group, members in enumerate(group_shards(names, order, at_epoch)):
-            batches = -(-sum(windows[name] for name in members) // order.global_batch_size)
+            batches = count_batches(np.concatenate([positions[name] for name in members]), order, at_epoch, group)
             for begin in range(min(to_skip, batches), batches, BATCHES_PER_TASK):
                 end = min(begin + BATCHES_PER_TASK, batches)
                 yield {"epoch": at_epoch, "group": group, "begin": begin, "end": end}
@@ -145,7 +148,7 @@ def _cached_dataset(url: str, identity: str) -> SequenceDataset:
 def _cached_windows(url: str, identity: str, names: tuple[str, ...], order: DataOrder) -> TrainingWindows:
     """The group that this worker process cuts batches from, kept for its next task."""
     dataset = _cached_dataset(url, identity)
-    return TrainingWindows([dataset.read_shard(name) for name in names], order)
+    return TrainingWindows([read_for_training(dataset, name, order) for name in names], order)
 
 
 def _to_batch(row: pa.Table) -> TrainingBatch:

@@ -19,12 +19,14 @@ class SequenceShard:
     """The users of one shard, ragged.
 
     `item_ids` int64 holds all sequences end to end, oldest first; user i's is
-    `item_ids[offsets[i]:offsets[i + 1]]`. `user_keys[i]` is theirs.
+    `item_ids[offsets[i]:offsets[i + 1]]`. `user_keys[i]` is theirs. `timestamps` int64, in the
+    dataset's unit, lie beside `item_ids` where they were read.
     """
 
     user_keys: pa.Array
     offsets: np.ndarray
     item_ids: np.ndarray
+    timestamps: np.ndarray | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -68,12 +70,14 @@ class SequenceDataset:
             )
         return catalogue
 
-    def read_shard(self, name: str) -> SequenceShard:
-        """The sequences in one file."""
-        table = storage.read_table(storage.join(self.url, name), columns=["user_key", "item_ids"])
+    def read_shard(self, name: str, *, timestamps: bool = False) -> SequenceShard:
+        """The sequences in one file, with their timestamps where asked for."""
+        columns = ["user_key", "item_ids", *(["timestamps"] if timestamps else [])]
+        table = storage.read_table(storage.join(self.url, name), columns=columns)
         lists = table["item_ids"].combine_chunks()
         return SequenceShard(
             user_keys=table["user_key"].combine_chunks(),
             offsets=lists.offsets.to_numpy().astype(np.int64),
             item_ids=lists.values.to_numpy().astype(np.int64),
+            timestamps=table["timestamps"].combine_chunks().values.to_numpy().astype(np.int64) if timestamps else None,
         )

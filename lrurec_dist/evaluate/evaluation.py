@@ -12,9 +12,10 @@ import ray.data
 import torch
 from torch import Tensor
 
-from lrurec_dist.data.batches import Split, iter_evaluation_batches, training_lengths
+from lrurec_dist.data.batches import iter_evaluation_batches
 from lrurec_dist.data.ray_feed import configure_ray_data
 from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
+from lrurec_dist.data.splits import Part, Split, trains
 from lrurec_dist.errors import DataQualityError, LrurecError
 from lrurec_dist.evaluate.baselines import Popularity
 from lrurec_dist.evaluate.metrics import RankCounts
@@ -38,6 +39,7 @@ class RankingProtocol:
     """How users are evaluated; the same for every model of a comparison."""
 
     split: Split
+    part: Part
     max_length: int  # history items the model sees, most recent
     batch_size: int
     exclude_history: bool  # items of the full history are no candidates
@@ -50,7 +52,7 @@ def rank_shard(model: Encoder, shard: SequenceShard, protocol: RankingProtocol) 
     counts = RankCounts(protocol.deepest)
     weight, bias = model.item_rows(), model.table.bias
     for batch in iter_evaluation_batches(
-        shard, split=protocol.split, max_length=protocol.max_length, batch_size=protocol.batch_size
+        shard, split=protocol.split, part=protocol.part, max_length=protocol.max_length, batch_size=protocol.batch_size
     ):
         pairs = slice(None) if protocol.exclude_history else slice(0)
         item_ids, targets, rows, ids = (
@@ -61,13 +63,11 @@ def rank_shard(model: Encoder, shard: SequenceShard, protocol: RankingProtocol) 
     return counts
 
 
-def training_counts(shards: Iterable[SequenceShard], num_items: int) -> np.ndarray:
+def training_counts(shards: Iterable[SequenceShard], split: Split, num_items: int) -> np.ndarray:
     """(num_items + 1,) int64: occurrences of each item_id in the training part of the shards."""
     counts = np.zeros(num_items + 1, dtype=np.int64)
     for shard in shards:
-        trained = training_lengths(shard.lengths)
-        position = np.arange(len(shard.item_ids)) - np.repeat(shard.offsets[:-1], shard.lengths)
-        counts += np.bincount(shard.item_ids[position < np.repeat(trained, shard.lengths)], minlength=num_items + 1)
+        counts += np.bincount(shard.item_ids[trains(shard, split.bounds(shard))], minlength=num_items + 1)
     return counts
 
 
@@ -78,6 +78,8 @@ class Evaluation:
     model: RankCounts
     popularity: RankCounts
     unseen_targets: int  # users whose target never occurs in the training part
+    new_users: int  # users evaluated who have no training part
+    without_history: int  # users not evaluated: nothing lies before their target
 
     @property
     def users(self) -> int:
@@ -99,7 +101,7 @@ def evaluate_dataset(
     Args:
         url: the dataset.
         load_model: called once on every worker; returns an `Encoder` on the device it should use.
-        protocol: split and rules.
+        protocol: split, part and rules.
         workers: actors; each takes whole shards, so the figures do not depend on how many.
 
     Raises:
@@ -107,16 +109,19 @@ def evaluate_dataset(
         LrurecError: a user was lost or counted twice.
     """
     dataset = SequenceDataset(url)
-    expected = int(dataset.manifest["users_evaluable"])
-    if expected == 0:
-        raise DataQualityError(
-            f"{url}: none of {dataset.manifest['users']:,} users has 3 interactions; leave-last-out evaluates nobody"
-        )
     configure_ray_data()
     shards = ray.data.from_items([{"shard": name} for name in dataset.shard_names], override_num_blocks=len(dataset.shard_names))
-    count = functools.partial(_count_shard, url=url)
-    partial = shards.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=cpus_per_worker)
-    popularity = np.sum([np.asarray(row["counts"]) for row in partial.take_all()], axis=0)
+    count = functools.partial(_count_shard, url=url, protocol=protocol)
+    partial = shards.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=cpus_per_worker).take_all()
+    popularity = np.sum([np.asarray(row["counts"]) for row in partial], axis=0)
+    expected, new_users, without_history = (sum(row[name] for row in partial) for name in ("evaluable", "new", "without_history"))
+    if expected == 0:
+        users = f"none of {dataset.manifest['users']:,} users"
+        raise DataQualityError(
+            f"{url}: {users} has 3 interactions; leave-last-out evaluates nobody"
+            if protocol.split.kind == "leave_last_out"
+            else f"{url}: {users} has an interaction in the {protocol.part} part and one before it; move split.train_until, split.test_from"
+        )
     ranked = shards.map_batches(
         _ShardRanker,
         fn_constructor_kwargs={"url": url, "load_model": load_model, "popularity": [ray.put(popularity)], "protocol": protocol},
@@ -130,14 +135,29 @@ def evaluate_dataset(
     model.counts += torch.from_numpy(np.sum([row["model"] for row in ranked], axis=0))
     baseline.counts += torch.from_numpy(np.sum([row["popularity"] for row in ranked], axis=0))
     if model.users != expected or baseline.users != expected:
-        raise LrurecError(f"{model.users:,} users were ranked, the manifest names {expected:,}; this is a bug, please report it")
-    return Evaluation(model, baseline, unseen_targets=sum(int(row["unseen"]) for row in ranked))
+        raise LrurecError(f"{model.users:,} users were ranked of {expected:,} evaluable ones; this is a bug, please report it")
+    unseen = sum(int(row["unseen"]) for row in ranked)
+    return Evaluation(model, baseline, unseen_targets=unseen, new_users=new_users, without_history=without_history)
 
 
-def _count_shard(names: pa.Table, url: str) -> pa.Table:
+def _count_shard(names: pa.Table, url: str, protocol: RankingProtocol) -> pa.Table:
+    """What a shard trains on, and whom it evaluates."""
     dataset = SequenceDataset(url)
-    counts = training_counts((dataset.read_shard(name) for name in names["shard"].to_pylist()), dataset.num_items)
-    return pa.table({"counts": pa.array([counts])})
+    rows = []
+    for name in names["shard"].to_pylist():
+        shard = dataset.read_shard(name, timestamps=protocol.split.needs_timestamps)
+        bounds = protocol.split.bounds(shard)
+        begin, end = bounds.part(protocol.part)
+        evaluable = bounds.evaluable(protocol.part)
+        rows.append(
+            {
+                "counts": training_counts([shard], protocol.split, dataset.num_items),
+                "evaluable": int(evaluable.sum()),
+                "new": int((evaluable & (bounds.train_end == 0)).sum()),
+                "without_history": int(((begin < end) & ~evaluable).sum()),
+            }
+        )
+    return pa.Table.from_pylist(rows)
 
 
 class _ShardRanker:
@@ -155,16 +175,17 @@ class _ShardRanker:
     def __call__(self, names: pa.Table) -> pa.Table:
         rows = []
         for name in names["shard"].to_pylist():
-            shard = self._dataset.read_shard(name)
+            protocol = self._protocol
+            shard = self._dataset.read_shard(name, timestamps=protocol.split.needs_timestamps)
             unseen = 0
             for batch in iter_evaluation_batches(
-                shard, split=self._protocol.split, max_length=1, batch_size=self._protocol.batch_size
+                shard, split=protocol.split, part=protocol.part, max_length=1, batch_size=protocol.batch_size
             ):
                 unseen += int((self._popularity.table.weight[torch.from_numpy(batch.targets)] == 0).sum())
             rows.append(
                 {
-                    "model": rank_shard(self._model, shard, self._protocol).counts.numpy(),
-                    "popularity": rank_shard(self._popularity, shard, self._protocol).counts.numpy(),
+                    "model": rank_shard(self._model, shard, protocol).counts.numpy(),
+                    "popularity": rank_shard(self._popularity, shard, protocol).counts.numpy(),
                     "unseen": unseen,
                 }
             )

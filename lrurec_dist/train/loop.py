@@ -12,11 +12,11 @@ import torch
 
 from lrurec_dist import collectives, storage
 from lrurec_dist.config import Config
-from lrurec_dist.data.batches import DataOrder, TrainingBatch
+from lrurec_dist.data.batches import TrainingBatch, read_for_training
 from lrurec_dist.data.feed import iter_training_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DivergenceError, LrurecError
-from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard
+from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard, training_counts
 from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
@@ -24,6 +24,7 @@ from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from lrurec_dist.train.engine import Engine
+from lrurec_dist.train.order import data_order
 
 
 def train(config: Config, device: torch.device, report: Callable[[dict[str, float]], None]) -> str:
@@ -47,8 +48,9 @@ class _Worker:
         self.config, self.device = config, device
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.dataset = SequenceDataset(config.dataset_url)
+        self.order = data_order(config, self.dataset)
         mine = self.dataset.shard_names[self.rank :: self.world_size]
-        self.validation_shards = [self.dataset.read_shard(name) for name in mine]
+        self.validation_shards = [read_for_training(self.dataset, name, self.order) for name in mine]
         self.shape: dict[str, Any] = {
             "num_items": self.dataset.num_items,
             "dim": config.model.dim,
@@ -92,21 +94,14 @@ class _Worker:
             self.metrics_file.write(kind, **values)
 
     def _batches(self) -> Iterator[TrainingBatch]:
-        options = self.config.batch
         return iter_training_batches(
             self.dataset,
-            DataOrder(
-                seed=self.config.seed,
-                shards_mixed=options.shards_mixed,
-                global_batch_size=options.global_batch_size,
-                max_length=options.max_length,
-                first_item_is_target=options.first_item_is_target,
-            ),
+            self.order,
             epoch=self.progress.epoch,
             first_batch=self.progress.batches_into_epoch,
             rank=self.rank,
             world_size=self.world_size,
-            feed=options.feed,
+            feed=self.config.batch.feed,
         )
 
     def run(self, report: Callable[[dict[str, float]], None]) -> str:
@@ -147,7 +142,7 @@ class _Worker:
         torch.manual_seed(hash((self.config.seed, self.progress.step, self.rank)))
         item_ids = torch.from_numpy(batch.item_ids).to(self.device)
         targets = torch.from_numpy(batch.targets).to(self.device)
-        keep = targets > 0
+        keep = (targets > 0) | (item_ids > 0)  # what is input alone drives the recurrence
         try:
             vectors = self.engine(item_ids, keep)
         except LrurecError as error:  # a batch of ours is sound, so it is the parameters that ran away
@@ -155,7 +150,11 @@ class _Worker:
                 f"loss is nan before step {self.progress.step + 1}, train.learning_rate={self.config.train.learning_rate:g}: {error}; "
                 "lower the rate, or resume from the last checkpoint"
             ) from error
-        loss_sum, num_targets = self._loss(vectors, targets[keep])
+        targets = targets[keep]
+        if self.order.windows == "sliding":  # the others keep nothing without a target
+            predicted = targets > 0
+            vectors, targets = vectors[predicted], targets[predicted]
+        loss_sum, num_targets = self._loss(vectors, targets)
         self.engine.step(loss_sum, batch.num_targets)
         return loss_sum.detach(), num_targets, int(keep.sum()), keep.numel()
 
@@ -178,9 +177,10 @@ class _Worker:
         return sampled_softmax_loss(vectors, rows, bias, targets, negatives, log_probability, product_dtype=self.product_dtype)
 
     def _sampler(self) -> NegativeSampler:
-        counts = torch.zeros(self.dataset.num_items + 1)
-        counts[1:] = torch.from_numpy(self.dataset.catalogue.table["count"].to_numpy())
-        return NegativeSampler(counts.to(self.device), self.config.loss.sampling)
+        """Counts what trains, each rank its own shards: the catalogue's counts know the held-out interactions too."""
+        mine = training_counts(self.validation_shards, self.order.split, self.dataset.num_items)
+        counts = collectives.all_reduce_sum(torch.from_numpy(mine).to(self.device))
+        return NegativeSampler(counts, self.config.loss.sampling)
 
     def _report_window(self, window: "_Window") -> None:
         loss_sum, num_targets, real, padded, waiting_s = collectives.all_reduce_sum(window.totals()).tolist()
@@ -225,7 +225,8 @@ class _Worker:
         started = time.perf_counter()
         model, options = self.engine.model, self.config.evaluate
         protocol = RankingProtocol(
-            split="validation",
+            split=self.order.split,
+            part="validation",
             max_length=self.config.batch.max_length,
             batch_size=options.batch_size,
             exclude_history=options.exclude_history,
