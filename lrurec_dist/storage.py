@@ -75,7 +75,7 @@ def _entries(fs: fsspec.AbstractFileSystem, root: str, depth: float = math.inf) 
         with suppress(FileNotFoundError):  # removed in the meantime
             for entry in fs.ls(directory, detail=True):
                 name = entry["name"].rstrip("/")
-                if name != directory.rstrip("/"):  # some stores have objects that stand for directories
+                if name != directory.rstrip("/"):  # an object that stands for the directory
                     found[name] = entry
                     if entry["type"] == "directory" and level < depth:
                         directories.append((name, level + 1))
@@ -84,7 +84,8 @@ def _entries(fs: fsspec.AbstractFileSystem, root: str, depth: float = math.inf) 
 
 def _files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str, Any]]:
     if stores.is_object_store(fs):
-        return dict(fs.find(root, detail=True))  # one listing, whatever the number of directories
+        found = fs.find(root, detail=True)  # one listing, whatever the number of directories
+        return {name: entry for name, entry in found.items() if not name.endswith("/")}  # objects that stand for directories
     return {name: entry for name, entry in _entries(fs, root).items() if entry["type"] != "directory"}
 
 
@@ -117,7 +118,7 @@ def _roots(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]
     root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
     depth = math.inf if "**" in path else path.count("/", len(root))
     pattern = re.compile(glob_translate(path))
-    return {name: entry for name, entry in _entries(fs, root, depth).items() if pattern.match(name)}
+    return {name: entry for name, entry in _entries(fs, root or fs.root_marker, depth).items() if pattern.match(name)}
 
 
 def _url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:

@@ -31,7 +31,7 @@ class Faulty:
         if environ["PATH_INFO"].startswith("/-/"):
             return self._ordered(environ, start_response)
         request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ['QUERY_STRING']}"
-        self._requests.append(request)
+        self._requests.append(f"{request} {environ.get('HTTP_RANGE', '')}".rstrip())
         fault = next((fault for fault in self._faults if fault["times"] > 0 and re.search(fault["request"], request)), None)
         if fault is not None and fault.get("after", 0) > 0:
             fault["after"] -= 1

@@ -35,7 +35,7 @@ class S3Server:
         self._post("faults", faults)
 
     def requests(self) -> list[str]:
-        """What was asked since this or `order` was called last, as `METHOD /bucket/key?query`."""
+        """What was asked since this or `order` was called last, as `METHOD /bucket/key?query range`."""
         return self._post("requests", None)
 
     def _post(self, what: str, value: Any) -> Any:
