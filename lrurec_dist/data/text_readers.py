@@ -185,6 +185,7 @@ def read_jsonl(unit: ReadUnit, columns: Columns) -> Iterator[RawBlock]:
 def _parse_json(block: bytes, columns: Columns, types: dict[str, pa.DataType]) -> pa.Table | None:
     """A block whose lines all hold one object with values of the known types; else None."""
     lines = _count_lines(block)
+    # Objects alone may reach Arrow: it makes rows of what shares a line or spans two, and crashes on a null first.
     opened = block.startswith(b"{") + block.count(b"\n{")
     closed = block.count(b"}\n") + block.count(b"}\r\n") + block.endswith(b"}")
     if not types or opened != lines or closed != lines or not _is_utf8(block):
