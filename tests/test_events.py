@@ -97,6 +97,15 @@ def test_a_clean_file_is_read_without_its_other_columns(tmp_path):
     assert block.filtered == {}
 
 
+@pytest.mark.usefixtures("small_batches")
+def test_a_row_group_is_read_again_at_most_once_however_many_rows_are_rejected(tmp_path):
+    path = write_parquet(tmp_path / "log.parquet", numbered(100), row_group_size=50)
+    with mock.patch.object(pq.ParquetFile, "iter_batches", autospec=True, side_effect=pq.ParquetFile.iter_batches) as read:
+        blocks = read_blocks(path)
+    assert len(blocks) > 2
+    assert read.call_count == 3  # the file, then each of its two row groups with all columns
+
+
 LOG = {
     "user_id": ["a", "b", "c", "d", None, "f", "g"],
     "item_id": ["x", "x", None, "x", "x", "x", None],

@@ -123,6 +123,16 @@ def test_broken_lines_of_json_are_quarantined_as_they_stand(tmp_path):
     assert reasons_of([block]) == dict.fromkeys([1, 3, 4, 5], "malformed_row")
 
 
+def test_nulls_and_objects_that_share_or_span_lines_are_no_rows_in_blocks_that_arrow_parses(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_readers, "_FIRST_BYTES", 1)
+    one = lines_of(event(1)).strip()
+    for lines in ([b"null", one], [one + one, b'{"user_id":', b"1}"], [b"null"]):
+        blocks = read_blocks(write_text(tmp_path / "log.jsonl", b"\n".join([one, *lines, one])))
+        good = lines.count(one) + 2
+        assert events_of(blocks) == [(1, "i", 5_000_000)] * good
+        assert list(reasons_of(blocks).values()) == ["malformed_row"] * (len(lines) + 2 - good)
+
+
 @pytest.mark.parametrize("first_bytes", [1, 1 << 20])
 def test_conditions_on_json_compare_what_stands_there(tmp_path, monkeypatch, first_bytes):
     monkeypatch.setattr(text_readers, "_FIRST_BYTES", first_bytes)

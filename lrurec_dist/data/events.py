@@ -86,7 +86,8 @@ def _event_block(raw: RawBlock, url: str, rules: EventRules, conditions: Sequenc
             filtered[reason] = filtered.get(reason, 0) + count
     rejecting = np.array([False, *(rejects for _, rejects, _ in verdicts)])
     rejected = np.flatnonzero(rejecting[outcome]) if rejecting.any() else np.empty(0, np.int64)
-    quarantined = _quarantine(raw, url, rejected, [verdicts[code - 1][0] for code in outcome[rejected]])
+    names = pa.array(["", *(reason for reason, _, _ in verdicts)], pa.string())
+    quarantined = _quarantine(raw, url, rejected, names.take(pa.array(outcome[rejected])))
     return EventBlock(events, quarantined, raw.table.num_rows + raw.malformed.num_rows, filtered)
 
 
@@ -119,7 +120,7 @@ def _judge(
     return events, [(reason, rejects, mask) for reason, rejects, mask in verdicts if mask is not None]
 
 
-def _quarantine(raw: RawBlock, url: str, positions: np.ndarray, reasons: list[str]) -> pa.Table:
+def _quarantine(raw: RawBlock, url: str, positions: np.ndarray, reasons: pa.Array) -> pa.Table:
     parts = []
     if len(positions) or not raw.malformed.num_rows:
         rows = raw.originals(positions) if len(positions) else pa.table({})
@@ -128,15 +129,15 @@ def _quarantine(raw: RawBlock, url: str, positions: np.ndarray, reasons: list[st
         parts.append(_with_origin(rows, reasons, url, pa.array(raw.rows[positions])))
     if raw.malformed.num_rows:
         malformed = raw.malformed.drop_columns(["_row"])
-        parts.append(_with_origin(malformed, ["malformed_row"] * len(malformed), url, raw.malformed["_row"]))
+        parts.append(_with_origin(malformed, pa.repeat("malformed_row", len(malformed)), url, raw.malformed["_row"]))
     quarantined = pa.concat_tables(parts, promote_options="default")
     return quarantined.select([*(name for name in quarantined.column_names if name not in _ORIGIN), *_ORIGIN])
 
 
-def _with_origin(rows: pa.Table, reasons: list[str], url: str, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
+def _with_origin(rows: pa.Table, reasons: pa.Array, url: str, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
     return (
-        rows.append_column("_reason", pa.array(reasons, pa.string()))
-        .append_column("_source", pa.array([url] * len(reasons), pa.large_string()))
+        rows.append_column("_reason", reasons)
+        .append_column("_source", pa.repeat(pa.scalar(url, pa.large_string()), len(reasons)))
         .append_column("_row", numbers)
     )
 

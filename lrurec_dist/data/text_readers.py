@@ -60,7 +60,8 @@ def _lines(block: bytes) -> list[bytes]:
 
 
 def _count_lines(block: bytes) -> int:
-    return block.count(b"\n") + (not block.endswith(b"\n"))
+    # NumPy counts a byte several times faster than bytes.count where it is frequent.
+    return int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n"))) + (not block.endswith(b"\n"))
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -126,7 +127,8 @@ def _csv_block(block: bytes, first_row: int, header: list[str], wanted: list[str
 def _one_row_per_line(block: bytes) -> bool:
     """Whether Arrow can make fewer rows than lines (by an open quote), never more; its count then tells that each is one."""
     last = block[block.rfind(b"\n", 0, -1) + 1 :]
-    return block.count(b"\r") == block.count(b"\r\n") and _is_utf8(block) and bool(_are_closed(_lines(last))[0])
+    ends_alone = b"\r" in block and block.count(b"\r") != block.count(b"\r\n")
+    return not ends_alone and _is_utf8(block) and bool(_are_closed(_lines(last))[0])
 
 
 def _are_closed(lines: list[bytes]) -> np.ndarray:
@@ -183,6 +185,7 @@ def read_jsonl(unit: ReadUnit, columns: Columns) -> Iterator[RawBlock]:
 def _parse_json(block: bytes, columns: Columns, types: dict[str, pa.DataType]) -> pa.Table | None:
     """A block whose lines all hold one object with values of the known types; else None."""
     lines = _count_lines(block)
+    # Objects alone may reach Arrow: it makes rows of what shares a line or spans two, and crashes on a null first.
     opened = block.startswith(b"{") + block.count(b"\n{")
     closed = block.count(b"}\n") + block.count(b"}\r\n") + block.endswith(b"}")
     if not types or opened != lines or closed != lines or not _is_utf8(block):
