@@ -69,11 +69,9 @@ def by_polars(folder: str, _: str) -> int:
 def by_duckdb(folder: str, _: str) -> int:
     import duckdb
 
-    connection = duckdb.connect()
-    lists = connection.execute(
-        "select user_id, list(item_id order by timestamp, item_id) items, list(timestamp order by timestamp, item_id) times "
-        f"from read_parquet('{folder}/*.parquet') group by user_id"
-    ).to_arrow_table()
+    rows = duckdb.connect().read_parquet(f"{folder}/*.parquet")
+    order = "order by timestamp, item_id"
+    lists = rows.aggregate(f"user_id, list(item_id {order}) items, list(timestamp {order}) times", "user_id").to_arrow_table()
     return sum(len(chunk.flatten()) for chunk in lists["items"].chunks)
 
 
