@@ -141,9 +141,7 @@ def _train(config: Config, status: Status, session: RaySession) -> None:
     say(format_table(["split", "count"], [[name.replace("_", " "), count] for name, count in audit.items()]))
     shards = (read_for_training(dataset, name, order) for name in dataset.shard_names)
     missed = sum(untrained_targets(order.split.bounds(shard).train_end, order) for shard in shards)
-    say(
-        f"train: {missed:,} of {audit['train_interactions']:,} interactions to train on are no target of any window of {order.max_length}"
-    )
+    say(f"train: {missed:,} of {audit['train_interactions']:,} interactions to train on are no window's target")
     session.connect()
     launch_training(config)
     best = find_checkpoint(config.run_dir, "best")
@@ -221,9 +219,11 @@ def _evaluate(config: Config, status: Status, session: RaySession) -> None:
     history = "excluded from" if options.exclude_history else "among"
     say(
         f"evaluate: test, {outputs['users']:,} users, {dataset.num_items:,} items, history {history} the candidates; "
-        f"{outputs['unseen_targets']:,} targets never occur in the training part; {outputs['new_users']:,} users have none, "
-        f"{outputs['without_history']:,} more have no history at all and are left out"
+        f"{outputs['unseen_targets']:,} targets never occur in the training part"
     )
+    if config.split.kind == "global_time":
+        new, left_out = outputs["new_users"], outputs["without_history"]
+        say(f"evaluate: {new:,} of these users have no training part; {left_out:,} more have no history and are left out")
     say(metrics_table({f"LRURec, step {outputs['step']:,}": outputs["model"], "popularity": outputs["popularity"]}, options.ks))
 
 

@@ -114,8 +114,8 @@ def slide_windows(lengths: np.ndarray, max_length: int, stride: int) -> tuple[np
 class Windows(NamedTuple):
     """Training windows that have a target, each array (windows,), places within the training part of a sequence.
 
-    A window's positions are its last `positions` places before `end`; the last `num_targets` of
-    them are predicted, each from the place before it, unless that lies before `first_input`.
+    A window's positions are the last `positions` places before `end`; the last `num_targets` of
+    them are predicted, each from the place before it, or from padding where that is before `first_input`.
     """
 
     sequence: np.ndarray
@@ -177,7 +177,7 @@ class TrainingWindows:
         end = self._end[windows, None]
         target_at = end - np.arange(length, 0, -1)  # place of each position's target; its input is the one before
         is_target = target_at >= end - self.num_targets[windows, None]
-        is_input = (target_at > self._first_input[windows, None]) & (target_at >= end - self.positions[windows, None])
+        is_input = target_at > self._first_input[windows, None]
         return (
             np.where(is_input, self._items[target_at - 1], PAD_ID),
             np.where(is_target, self._items[target_at], PAD_ID),
