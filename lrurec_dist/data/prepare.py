@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from lrurec_dist import storage
-from lrurec_dist.data.catalogue import DELETED, Catalogue, as_keys, build_catalogue, save_catalogue
+from lrurec_dist.data.catalogue import save_catalogue
 from lrurec_dist.data.events import EventRules, inspect_schemas
+from lrurec_dist.data.numbering import catalogue_of, deleted_ids, keys_in, with_figures
 from lrurec_dist.data.passes import LocalPasses, PartReport, RayPasses
 from lrurec_dist.data.sequences import MIN_EVALUABLE, SCHEMA_VERSION, SequenceDataset
 from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport
@@ -106,18 +106,19 @@ def prepare_dataset(
     _check_quality(options, rows_read, rejected, sum(part.events for part in parts), merged=base is not None)
 
     user_type = _one_type("user", [part.user_type for part in parts], base)
-    catalogue, ids = _catalogue_of(parts, parent.catalogue if parent else None)
+    _one_type("item", [str(part.items["item_key"].type) if part.items.num_rows else None for part in parts], None)
+    catalogue, ids = catalogue_of(parts, parent.catalogue if parent else None)
     merge_rules = MergeRules(
         drop_duplicates=options.drop_duplicates,
         max_user_events=options.max_user_events,
-        deleted_users=_keys_in(options.deleted_users),
-        deleted_items=_deleted_ids(options.deleted_items, catalogue),
+        deleted_users=keys_in(options.deleted_users),
+        deleted_items=deleted_ids(options.deleted_items, catalogue),
     )
     merged: list[ShardReport] = []
     for report in passes.merge(ids, shards, base.place if base else None, merge_rules, url):
         merged.append(report)
         progress(f"merged {len(merged):,} of {shards:,} shards")
-    catalogue = _with_figures(catalogue, merged, merge_rules.deleted_items)
+    catalogue = with_figures(catalogue, merged, merge_rules.deleted_items)
     catalogue_entry = save_catalogue(catalogue, storage.join(url, "catalogue"))
     dropped = _summed(report.dropped for report in merged)
     lengths = np.concatenate([report.lengths for report in merged])
@@ -265,24 +266,6 @@ def _check_quality(options: PrepareOptions, rows_read: int, rejected: dict[str, 
         )
 
 
-def _catalogue_of(parts: list[PartReport], parent: Catalogue | None) -> tuple[Catalogue, list[np.ndarray]]:
-    """The catalogue, and for each part the item_id (int32) of each of its codes."""
-    _one_type("item", [str(part.items["item_key"].type) if part.items.num_rows else None for part in parts], None)
-    tables = [part.items for part in parts if part.items.num_rows]
-    if tables:
-        items = (
-            pa.concat_tables(tables)
-            .group_by("item_key", use_threads=False)
-            .aggregate([("count", "sum"), ("first_seen", "min"), ("last_seen", "max")])
-            .rename_columns(["item_key", "count", "first_seen", "last_seen"])
-        )
-        catalogue = build_catalogue(items, parent)
-    else:
-        assert parent is not None, "a first night without events was refused before"
-        catalogue = parent
-    return catalogue, [catalogue.ids_of(part.items["item_key"]).astype(np.int32) for part in parts]
-
-
 def _one_type(what: str, types: list[str | None], base: SequenceDataset | None) -> str:
     """The type of all keys of a kind, those of the sequences to merge with included."""
     known = {kind for kind in types if kind} | ({base.manifest["user_key_type"]} if base else set())
@@ -293,41 +276,6 @@ def _one_type(what: str, types: list[str | None], base: SequenceDataset | None) 
             + "; store one type"
         )
     return next(iter(known), "")
-
-
-def _with_figures(catalogue: Catalogue, merged: list[ShardReport], deleted: np.ndarray | None) -> Catalogue:
-    """The catalogue with the counts and times of the interactions that are kept."""
-    size = catalogue.num_items + 1
-    counts = np.zeros(size, dtype=np.int64)
-    first, last = (catalogue.table[name].to_numpy() for name in ("first_seen", "last_seen"))
-    first, last = (np.concatenate([[0], values]) for values in (first, last))
-    found_first, found_last = np.full(size, np.iinfo(np.int64).max), np.full(size, np.iinfo(np.int64).min)
-    for report in merged:
-        ids = report.items["item_id"].to_numpy()
-        counts[ids] += report.items["count"].to_numpy()
-        found_first[ids] = np.minimum(found_first[ids], report.items["first_seen"].to_numpy())
-        found_last[ids] = np.maximum(found_last[ids], report.items["last_seen"].to_numpy())
-    occurs = counts > 0
-    first, last = np.where(occurs, found_first, first), np.where(occurs, found_last, last)
-    return catalogue.with_figures(counts[1:], first[1:], last[1:], deleted)
-
-
-def _keys_in(path: str) -> pa.Array | None:
-    """The keys in a text file, one a line."""
-    if not path:
-        return None
-    lines = (line.strip() for line in storage.read_bytes(path).decode().splitlines())
-    return pa.array([line for line in lines if line], pa.large_string())
-
-
-def _deleted_ids(path: str, catalogue: Catalogue) -> np.ndarray | None:
-    """Item ids deleted before or now."""
-    ids = catalogue.table.filter(pc.equal(catalogue.table["status"], DELETED))["item_id"].to_numpy()
-    keys = _keys_in(path)
-    if keys is not None:
-        found = catalogue.ids_of(as_keys(keys, catalogue.keys.type))
-        ids = np.union1d(ids, found[found > 0])
-    return ids if len(ids) else None
 
 
 def _summed(counts: Any) -> dict[str, int]:
