@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lrurec_dist.model.loss import softmax_loss
+from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.reporting import format_table, say
-from lrurec_dist.train.process import keep_freed_memory
 
 TARGETS, DIM, RUNS = 896, 64, 5
 FULL_MATRIX_UP_TO = 100_000
@@ -82,7 +82,7 @@ def main() -> None:
     if arguments.peak:
         print_extra_peak(arguments.peak[0], int(arguments.peak[1]))
         return
-    keep_freed_memory()
+    arrange_cpu()
     rows, figures = [], {}
     for items in arguments.items or [3_416, 57_289, 100_000, 1_000_000]:
         kinds = [*(["full matrix"] if items <= FULL_MATRIX_UP_TO else []), "float32", "bfloat16"]

@@ -23,15 +23,16 @@ import ray
 import torch
 
 from lrurec_dist.config import Config
-from lrurec_dist.config_io import load_config
-from lrurec_dist.data.batches import TrainingBatch, data_order, iter_batches
+from lrurec_dist.config_file import load_config
+from lrurec_dist.data.batches import TrainingBatch, iter_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
+from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.reporting import METRICS, MetricsFile, format_table, say
 from lrurec_dist.train.launch import launch_training
 from lrurec_dist.train.optimizer import adamw
-from lrurec_dist.train.process import keep_freed_memory
+from lrurec_dist.train.order import data_order
 
 STEPS, FIRST, TURNS = 80, 20, 3
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ def batches_of(config: Config) -> list[TrainingBatch]:
 
 def bare(config: Config) -> float:
     """Milliseconds a step of the bare loop."""
-    keep_freed_memory()
+    arrange_cpu()
     torch.set_num_threads(config.train.threads_per_worker or os.cpu_count() or 1)
     batches = [(torch.from_numpy(batch.item_ids), torch.from_numpy(batch.targets)) for batch in batches_of(config)]
     options, train = config.model, config.train

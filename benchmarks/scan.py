@@ -19,9 +19,9 @@ from plain import recursive_scan
 from torch import Tensor
 
 from lrurec_dist.model import scan
+from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.model.scan import FORMS, best_form, parallel_scan
 from lrurec_dist.reporting import format_table, say
-from lrurec_dist.train.process import keep_freed_memory
 
 RUNS = 7
 SHAPES = [(128, 256, 128), (128, 64, 128), (16, 1024, 128), (1, 8192, 128)]  # sequences, length, hidden
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["forms", "radix"], default="forms")
     what = parser.parse_args().what
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keep_freed_memory()
+    arrange_cpu()
     rows, figures = [], {}
     for shape in SHAPES:
         sides = sides_at(shape, device)

@@ -5,7 +5,7 @@
 Batch, machine and run are the same. Each side has a process of its own and they take turns, step by
 step; medians of five after two to warm up; forward, backward, clipping and AdamW included. The
 plain side runs as its user would run it. How much of the ratio is the allocator setting that our
-workers make (train/process.py) is seen beside it: "same allocator" gives the setting to the plain
+workers make (model/process.py) is seen beside it: "same settings" gives the setting to the plain
 side as well. Lengths and ids are synthetic draws of the stated shapes. Before anything is timed,
 both sides are given the same weights and have to give the same loss. Memory is the growth of the
 peak resident set over a first step.
@@ -30,10 +30,10 @@ from torch import Tensor
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.model.original import from_original
+from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.model.scan import best_form, parallel_scan
 from lrurec_dist.reporting import format_table, say
 from lrurec_dist.train.optimizer import adamw
-from lrurec_dist.train.process import keep_freed_memory
 
 RUNS = 5
 SCAN = (128, 256, 128)
@@ -151,7 +151,7 @@ class Side:
 def serve(work: str, side: str, keep_memory: bool) -> None:
     """The other end of `Side`: one line of answer for each line asked."""
     if keep_memory:
-        keep_freed_memory()
+        arrange_cpu()
     if work == "scan":
         step: Callable[[], object] = scan_sides()[side != "plain"]
     else:
@@ -222,7 +222,7 @@ def main() -> None:
     def note(key: str, what: str, plain: list[float], same: list[float], ours: list[float], unit: str) -> None:
         each = [base / mine for base, mine in zip(plain, ours, strict=True)]
         fair = statistics.median(base / mine for base, mine in zip(same, ours, strict=True))
-        figures[key], figures[f"{key}_same_allocator"] = round(statistics.median(each), 3), round(fair, 3)
+        figures[key], figures[f"{key}_same_settings"] = round(statistics.median(each), 3), round(fair, 3)
         medians = [f"{statistics.median(side):.1f}" for side in (plain, same, ours)]
         rows.append([key, what, *medians, unit, f"{figures[key]:.1f}", f"{min(each):.1f}–{max(each):.1f}", f"{fair:.1f}"])
 
@@ -247,7 +247,7 @@ def main() -> None:
         for side in sides:
             side.close()
     say(f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    say(format_table(["work", "shape", "plain", "same allocator", "ours", "", "ratio", "spread", "same allocator"], rows))
+    say(format_table(["work", "shape", "plain", "same settings", "ours", "", "ratio", "spread", "same settings"], rows))
     say(json.dumps(figures))
 
 

@@ -1,10 +1,9 @@
-"""Every setting: frozen dataclasses with defaults, units and rules; `config_io.py` reads them.
+"""Every setting: frozen dataclasses that check their values. `config_file.py` reads and writes them.
 
 Defaults are the paper's where the paper has one (arXiv 2310.02367). A number is stated once; what
 follows from others (DeepSpeed's JSON, directories) is derived where it is used.
 """
 
-import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
@@ -23,18 +22,33 @@ def _require(holds: bool, setting: str, value: object, rule: str) -> None:
 class LogConfig:
     """Where the interaction log is and how to read it."""
 
-    path: str = ""  # file, directory or glob, any fsspec URL; empty: a synthetic log is generated
-    format: Literal["auto", "parquet", "csv"] = "auto"  # auto: by file name
+    path: str = ""  # file, directory, glob, or several with commas between; any fsspec URL; empty: a synthetic log
+    format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"  # auto: by file name
+    partition_column: str = "date"  # of Hive directories, e.g. events/date=2026-11-20/part-0.parquet
+    from_partition: str = ""  # first partition to read, compared as text; empty: from the first one on
+    to_partition: str = ""  # first partition not to read any more; empty: to the last one
     user_column: str = "user_id"
     item_column: str = "item_id"
     timestamp_column: str = "timestamp"
     timestamp_unit: Literal["s", "ms", "us", "ns", "position"] = "s"  # of integers; Arrow timestamps know theirs
+    keep: list[str] = field(default_factory=list)  # conditions, all of which a row satisfies: "event == click", "price > 0"
+    since: str = ""  # first time to read: ISO 8601, or an integer in timestamp_unit; empty: all
+    until: str = ""  # first time not to read any more
+    max_key_bytes: int = 256  # longer user and item keys are rejected
+    duplicates: Literal["drop", "keep"] = "drop"  # of a row with the same user, item and timestamp
+    max_user_events: int = 0  # of a user with more, a crawler perhaps, the latest are kept; 0: no limit
     max_rejected_share: float = 0.01  # of all rows; above it the job stops
 
     def __post_init__(self) -> None:
         _require(0 <= self.max_rejected_share <= 1, "log.max_rejected_share", self.max_rejected_share, "is a share, from 0 to 1")
         names = [self.user_column, self.item_column, self.timestamp_column]
         _require(len(set(names)) == 3, "log.*_column", names, "user, item and timestamp are three different columns")
+        _require(self.max_key_bytes >= 1, "log.max_key_bytes", self.max_key_bytes, "needs at least 1")
+        _require(self.max_user_events >= 0, "log.max_user_events", self.max_user_events, "cannot be negative; 0 is no limit")
+        no_range = self.to_partition and self.from_partition >= self.to_partition
+        _require(
+            not no_range, "log.to_partition", self.to_partition, f"has to come after log.from_partition={self.from_partition}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +63,7 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         _require(self.users >= 1, "synthetic.users", self.users, "needs at least 1")
         _require(self.items >= 16, "synthetic.items", self.items, "needs at least 16, or there is nothing to learn")
-        _require(
-            self.mean_length >= 4, "synthetic.mean_length", self.mean_length, "needs at least 4, or few users can be evaluated"
-        )
+        _require(self.mean_length >= 4, "synthetic.mean_length", self.mean_length, "needs 4, or few users can be evaluated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +71,17 @@ class DatasetConfig:
     """The prepared dataset."""
 
     dir: str = ""  # empty: <run_dir>/dataset; give a place of its own to share it between runs
-    parent: str = ""  # an earlier dataset whose item ids are kept; new items are appended
-    shards: int = 8  # files that users are hashed into; more for more users, at most some 100 MB each
+    parent: str = ""  # an earlier dataset: what it has is merged with the files it has not seen; item ids are kept
+    rebuild: bool = False  # True: read the whole log again, and take only the item ids from the parent
+    shards: int = 0  # files that users are hashed into; 0: as the parent, or one for each 64 MB of the log and 8 at least
+    deleted_users: str = ""  # file of user keys, one a line, of whom nothing is kept
+    deleted_items: str = ""  # file of item keys; their ids stay reserved
 
     def __post_init__(self) -> None:
-        _require(self.shards >= 1, "dataset.shards", self.shards, "needs at least 1")
+        _require(self.shards >= 0, "dataset.shards", self.shards, "cannot be negative; 0 follows from the size of the log")
+        _require(
+            not self.rebuild or bool(self.parent), "dataset.rebuild", self.rebuild, "is about dataset.parent, which is empty"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +177,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require(self.negatives >= 0, "loss.negatives", self.negatives, "cannot be negative; 0 takes the whole catalogue")
-        _require(
-            not (self.negatives and self.include_padding_class),
-            "loss.negatives",
-            self.negatives,
-            "padding is never sampled; set loss.include_padding_class=false",
-        )
+        both = self.negatives and self.include_padding_class
+        _require(not both, "loss.negatives", self.negatives, "padding is never sampled; set loss.include_padding_class=false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,18 +289,3 @@ class Config:
     def registry_url(self) -> str:
         """Where bundles are published."""
         return self.bundle.registry or storage.join(self.run_dir, "registry")
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """The configuration with local paths made absolute: workers have another working directory."""
-
-    def resolved(url: str) -> str:
-        return storage.absolute(url) if url else url
-
-    return dataclasses.replace(
-        config,
-        run_dir=resolved(config.run_dir),
-        log=dataclasses.replace(config.log, path=resolved(config.log.path)),
-        dataset=dataclasses.replace(config.dataset, dir=resolved(config.dataset.dir), parent=resolved(config.dataset.parent)),
-        bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
-    )

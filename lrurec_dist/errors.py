@@ -8,6 +8,8 @@
     ├── IntegrityError           70  committed files are missing or changed
     │   ├── CheckpointError      70
     │   └── BundleError          70
+    ├── StorageError             70  a store cannot hold or give what is asked: full disk, file replaced while read
+    │   └── TryAgainError        75  a store fails for a reason that passes: network, throttling, server fault
     └── DivergenceError          70  the loss is no longer finite
 
 Messages follow one form: setting=value, the rule it breaks, the numbers, the way out.
@@ -56,6 +58,16 @@ class CheckpointError(IntegrityError):
 
 class BundleError(IntegrityError):
     """A bundle cannot be used."""
+
+
+class StorageError(LrurecError):
+    """A store cannot hold or give what is asked of it."""
+
+
+class TryAgainError(StorageError):
+    """A store failed again and again for a reason that passes; the same command may succeed later."""
+
+    exit_code = 75
 
 
 class DivergenceError(LrurecError):

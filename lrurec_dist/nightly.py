@@ -1,12 +1,10 @@
 """The stages of a night, from log to verified bundle, each committed before the next begins."""
 
 import argparse
-import os
 import platform
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -14,22 +12,31 @@ import ray
 import torch
 
 from lrurec_dist import __version__, storage
-from lrurec_dist.config import Config, with_absolute_paths
-from lrurec_dist.config_io import differences, load_config, to_dict, to_yaml
-from lrurec_dist.data.batches import data_order, pad_left, read_for_training, untrained_targets
-from lrurec_dist.data.prepare import prepare_dataset
-from lrurec_dist.data.ray_feed import configure_ray_data
+from lrurec_dist.config import Config
+from lrurec_dist.config_file import differences, load_config, to_dict, to_yaml, with_absolute_paths
+from lrurec_dist.data.batches import pad_left, read_for_training, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.splits import audit_split, describe_split, resolve_split
-from lrurec_dist.data.synthetic import write_synthetic_log
 from lrurec_dist.errors import EXIT_DONE, BundleError, ConfigError, DataNotReadyError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
 from lrurec_dist.evaluate.ranking import top_k
-from lrurec_dist.reporting import METRICS, MetricsFile, Status, exit_code_of, format_duration, format_table, metrics_table, say
+from lrurec_dist.ray_session import RaySession
+from lrurec_dist.reporting import (
+    METRICS,
+    MetricsFile,
+    Status,
+    exit_code_of,
+    format_duration,
+    format_table,
+    metrics_table,
+    say,
+)
 from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
 from lrurec_dist.serve.recommender import Recommender
+from lrurec_dist.stage_prepare import prepare
 from lrurec_dist.train.checkpoint import find_checkpoint, load_model, model_loader, read_checkpoint_manifest
 from lrurec_dist.train.launch import launch_training, use_cuda
+from lrurec_dist.train.order import data_order
 
 Stage = Literal["prepare", "train", "evaluate", "bundle"]
 
@@ -83,14 +90,16 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
     """
     status = _open_run(config)
     started = time.perf_counter()
+    session = RaySession(config)
     try:
-        with _ray_session(config):
-            for stage in stages:
-                status.running(stage)
-                _STAGES[stage](config, status)
+        for stage in stages:
+            status.running(stage)
+            _STAGES[stage](config, status, session)
     except BaseException as error:
         status.failed(error)
         raise
+    finally:
+        session.close()
     status.done(bundle=status.stages.get("bundle", {}).get("outputs", {}).get("url"))
     say(f"done in {format_duration(time.perf_counter() - started)}")
 
@@ -108,70 +117,7 @@ def _open_run(config: Config) -> Status:
     return Status(config.run_dir)
 
 
-@contextmanager
-def _ray_session(config: Config) -> Iterator[None]:
-    """Connect to the cluster this job was submitted to (RAY_ADDRESS), or start Ray here for its duration.
-
-    Workers' output stays in Ray's own logs: what matters of it comes back as records and errors.
-    """
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"address": address, "logging_level": "ERROR", "log_to_driver": False}
-    if address == "local":
-        # Logical CPUs: the workers' own, and two for the data tasks that feed them.
-        cpus = config.train.workers * config.train.cpus_per_worker + 2
-        options["num_cpus"] = max(os.cpu_count() or 1, round(cpus + 0.5))
-    already = ray.is_initialized()
-    if not already:
-        ray.init(**options)
-    configure_ray_data()
-    if config.train.device == "cuda" and address == "local" and not use_cuda("auto"):
-        ray.shutdown()
-        raise ConfigError(
-            "train.device=cuda: this machine has no GPU that Ray can see; set train.device=cpu, or submit to a cluster"
-        )
-    try:
-        yield
-    finally:
-        if not already:
-            ray.shutdown()
-
-
-def _prepare(config: Config, status: Status) -> None:
-    started = time.perf_counter()
-    log = config.log
-    path = log.path or write_synthetic_log(storage.join(config.run_dir, "log"), **asdict(config.synthetic))
-    say(f"prepare: reading {path}")
-    synthetic = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp", "timestamp_unit": "s"}
-    columns = {name: getattr(log, name) for name in synthetic} if log.path else synthetic
-    dataset, was_there = prepare_dataset(
-        config.dataset_url,
-        log_path=path,
-        log_format=log.format,
-        max_rejected_share=log.max_rejected_share,
-        shards=config.dataset.shards,
-        parent=config.dataset.parent,
-        **columns,
-    )
-    facts = dataset.manifest
-    if was_there:
-        say(f"prepare: skipped, {config.dataset_url} holds this log's dataset")
-    rows = [
-        ["rows read", facts["rows_read"]],
-        *([f"rejected: {reason}", count] for reason, count in sorted(facts["rows_rejected"].items())),
-        ["interactions", facts["interactions"]],
-        ["users", facts["users"]],
-        ["users too short to evaluate (train only)", facts["users_too_short_to_evaluate"]],
-        ["items", facts["num_items"]],
-        ["new items", facts["new_items"]],
-        *([f"length, percentile {p}", facts["length_percentiles"][p]] for p in ("50", "90", "99", "100")),
-    ]
-    say(format_table(["dataset", "count"], rows))
-    if not was_there:
-        say(f"prepare: {facts['interactions'] / (time.perf_counter() - started):,.0f} events/s, {config.dataset_url}")
-    status.commit("prepare", storage.fingerprint(facts["inputs"]), {"dataset": config.dataset_url})
-
-
-def _train(config: Config, status: Status) -> None:
+def _train(config: Config, status: Status, session: RaySession) -> None:
     dataset = _open_dataset(config)
     settings = {
         section: {
@@ -196,6 +142,7 @@ def _train(config: Config, status: Status) -> None:
     shards = (read_for_training(dataset, name, order) for name in dataset.shard_names)
     missed = sum(untrained_targets(order.split.bounds(shard).train_end, order) for shard in shards)
     say(f"train: {missed:,} of {audit['train_interactions']:,} interactions to train on are no window's target")
+    session.connect()
     launch_training(config)
     best = find_checkpoint(config.run_dir, "best")
     if best is None:
@@ -221,7 +168,7 @@ def _best_checkpoint(config: Config, dataset: SequenceDataset) -> tuple[str, dic
     return best, manifest
 
 
-def _evaluate(config: Config, status: Status) -> None:
+def _evaluate(config: Config, status: Status, session: RaySession) -> None:
     dataset = _open_dataset(config)
     best, manifest = _best_checkpoint(config, dataset)
     options = config.evaluate
@@ -247,6 +194,7 @@ def _evaluate(config: Config, status: Status) -> None:
             exclude_history=options.exclude_history,
             deepest=max(options.ks),
         )
+        session.connect()
         cuda = use_cuda(config.train.device)
         evaluation = evaluate_dataset(
             config.dataset_url,
@@ -279,7 +227,7 @@ def _evaluate(config: Config, status: Status) -> None:
     say(metrics_table({f"LRURec, step {outputs['step']:,}": outputs["model"], "popularity": outputs["popularity"]}, options.ks))
 
 
-def _bundle(config: Config, status: Status) -> None:
+def _bundle(config: Config, status: Status, _: RaySession) -> None:
     dataset = _open_dataset(config)
     best, manifest = _best_checkpoint(config, dataset)
     evaluation = status.stages["evaluate"]["outputs"]
@@ -347,4 +295,4 @@ def _golden_answers(dataset: SequenceDataset, model: Any, config: Config) -> Gol
     return GoldenAnswers([dataset.catalogue.keys_of(history) for history in histories], best, scores)
 
 
-_STAGES = {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "bundle": _bundle}
+_STAGES = {"prepare": prepare, "train": _train, "evaluate": _evaluate, "bundle": _bundle}

@@ -4,12 +4,12 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lrurec_dist import storage
-from lrurec_dist.errors import EXIT_DONE, LrurecError
+from lrurec_dist.errors import EXIT_DONE, LrurecError, TryAgainError
 
 METRICS = "metrics.jsonl"  # below the run directory
 
@@ -17,6 +17,19 @@ METRICS = "metrics.jsonl"  # below the run directory
 def say(line: str) -> None:
     """Print one line at once, whatever buffers stand between the process and the reader."""
     print(line, file=sys.stdout, flush=True)
+
+
+def now_and_then(stage: str, every_s: float = 10.0) -> Callable[[str], None]:
+    """A function that says `<stage>: <line>`, but not more often than every so many seconds."""
+    last = time.monotonic()
+
+    def progress(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every_s:
+            last = time.monotonic()
+            say(f"{stage}: {line}")
+
+    return progress
 
 
 def format_duration(seconds: float) -> str:
@@ -144,7 +157,7 @@ class MetricsFile:
                 last_round = closing.wait(poll_s)
                 try:
                     records = self.read()
-                except OSError:  # storage hiccup: the records stay where they are, the next round reads them
+                except (OSError, TryAgainError):  # storage hiccup: the records stay where they are, the next round reads them
                     records = []
                 for record in records[seen:]:
                     say(describe(record))

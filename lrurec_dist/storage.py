@@ -3,45 +3,46 @@
 Object stores have no rename, so a directory exists once its `manifest.json` exists: the manifest
 is written last and lists every file with its size and SHA-256. Readers ignore a directory without
 one. All functions take URLs (`/local`, `file://`, `s3://`, `gs://`, `hdfs://`, `memory://`).
+
+Every function repeats what fails for a passing reason (`lrurec_dist.stores.retried`) before it
+raises TryAgainError.
 """
 
+import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
-import uuid
+import re
+from contextlib import suppress
 from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
+from lrurec_dist import stores
 from lrurec_dist.errors import IntegrityError
+from lrurec_dist.files import RetriedReader, full_disk_named, new_file
+from lrurec_dist.files import arrow_filesystem as arrow_filesystem
+from lrurec_dist.stores import filesystem as filesystem
+from lrurec_dist.stores import retried
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
-
-
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec filesystem of `url` and the path within it; listings are never cached."""
-    options = {} if "://" not in url or url.startswith("file://") else {"use_listings_cache": False}
-    fs, path = url_to_fs(url, **options)
-    return fs, path
-
-
-def arrow_filesystem(url: str) -> tuple[pa.fs.FileSystem, str]:
-    """The same place for readers that want a pyarrow filesystem, with the path within it."""
-    fs, path = filesystem(url)
-    if isinstance(fs, LocalFileSystem):
-        return pa.fs.LocalFileSystem(), path
-    return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)), path
+_TEMPORARY = re.compile(r"(^|/)\.[^/]+\.([0-9a-f]{32}\.tmp|lock)$")  # what writers use, and leave when they are killed
 
 
 def absolute(url: str) -> str:
-    """`url` with a relative local path made absolute, so that every process means the same place."""
+    """`url` with a relative local path made absolute, so that every process means the same place.
+
+    Raises:
+        ConfigError: the URL holds credentials.
+    """
+    stores.refuse_secrets(url)
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
@@ -51,9 +52,41 @@ def join(url: str, *parts: str) -> str:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or directory is there."""
+    """Whether a file or directory is there; a store that does not answer is an error, not an absence."""
+    return _info(url) is not None
+
+
+def _info(url: str) -> dict[str, Any] | None:
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    try:
+        return retried("read", url, lambda: fs.info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _entries(fs: fsspec.AbstractFileSystem, root: str, depth: float = math.inf) -> dict[str, dict[str, Any]]:
+    """Path and facts of all that lies below a directory, so many levels deep.
+
+    fsspec's own find and glob leave out what cannot be listed, so that a fault looks like fewer files.
+    """
+    found, directories = {}, [(root, 1)]
+    while directories:
+        directory, level = directories.pop()
+        with suppress(FileNotFoundError):  # removed in the meantime
+            for entry in fs.ls(directory, detail=True):
+                name = entry["name"].rstrip("/")
+                if name != directory.rstrip("/"):  # an object that stands for the directory
+                    found[name] = entry
+                    if entry["type"] == "directory" and level < depth:
+                        directories.append((name, level + 1))
+    return found
+
+
+def _files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str, Any]]:
+    if stores.is_object_store(fs):
+        found = fs.find(root, detail=True)  # one listing, whatever the number of directories
+        return {name: entry for name, entry in found.items() if not name.endswith("/")}  # objects that stand for directories
+    return {name: entry for name, entry in _entries(fs, root).items() if entry["type"] != "directory"}
 
 
 def expand(pattern: str) -> dict[str, str]:
@@ -63,16 +96,29 @@ def expand(pattern: str) -> dict[str, str]:
     that start with a dot or an underscore (`_SUCCESS`, `_temporary/…`) are left out. No match: empty.
     """
     fs, path = filesystem(pattern)
-    roots = [path] if fs.exists(path) else sorted(fs.glob(path)) if glob.has_magic(path) else []
-    found = {}
-    for root in roots:
-        entries = [fs.info(root)] if fs.isfile(root) else fs.find(root, detail=True).values()
-        for entry in entries:
-            below = entry["name"][len(root.rstrip("/")) :] or os.path.basename(root)
-            if not any(part.startswith((".", "_")) for part in below.split("/")):
-                changed = next((entry[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in entry), "")
-                found[_url_of(fs, entry["name"])] = f"{int(entry['size'])} bytes, {changed}"
-    return dict(sorted(found.items()))
+
+    def find() -> dict[str, str]:
+        found = {}
+        for root, info in _roots(fs, path).items():
+            for entry in [info] if info["type"] == "file" else _files_below(fs, root).values():
+                below = entry["name"][len(root.rstrip("/")) :] or os.path.basename(root)
+                if not any(part.startswith((".", "_")) for part in below.split("/")):
+                    found[_url_of(fs, entry["name"])] = stores.version_of(entry)
+        return dict(sorted(found.items()))
+
+    return retried("list", pattern, find)
+
+
+def _roots(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    """What a path means: itself if it is there, else what it matches as a glob."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return {path: fs.info(path)}
+    if not glob.has_magic(path):
+        return {}
+    root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+    depth = math.inf if "**" in path else path.count("/", len(root))
+    pattern = re.compile(glob_translate(path))
+    return {name: entry for name, entry in _entries(fs, root or fs.root_marker, depth).items() if pattern.match(name)}
 
 
 def _url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -80,29 +126,23 @@ def _url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a whole file; on local disk a reader sees the old content or the new, never a part."""
+    """Write a whole file; a reader sees the old content or the new, never a part."""
     fs, path = filesystem(url)
-    fs.makedirs(fs._parent(path), exist_ok=True)
-    if isinstance(fs, LocalFileSystem):
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "wb") as file:
+
+    def write() -> None:
+        if stores.is_object_store(fs):
+            fs.pipe_file(path, data)  # all parts at once
+        else:
+            with new_file(url, len(data)) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
-    else:
-        fs.pipe_file(path, data)
+
+    retried("write", url, write)
 
 
 def read_bytes(url: str) -> bytes:
     """The whole content of a file."""
     fs, path = filesystem(url)
-    return bytes(fs.cat_file(path))
+    return bytes(retried("read", url, lambda: fs.cat_file(path)))
 
 
 def write_json(url: str, value: Any) -> None:
@@ -116,52 +156,91 @@ def read_json(url: str) -> Any:
 
 
 def append_line(url: str, line: str) -> None:
-    """Append one line; object stores cannot append, so there the file is rewritten."""
+    """Append one line, whole or not at all; object stores cannot append, so there one writer rewrites the file."""
     fs, path = filesystem(url)
-    if isinstance(fs, LocalFileSystem):
+    data = line.encode() + b"\n"
+
+    def append_local() -> None:
         fs.makedirs(fs._parent(path), exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with open(path, "ab", buffering=0) as file, full_disk_named(url, path, lambda: f"{len(data):,} bytes"):
+            fcntl.flock(file, fcntl.LOCK_EX)  # so that what is cut off is ours
+            before = os.fstat(file.fileno()).st_size
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException:
+                os.ftruncate(file.fileno(), before)
+                raise
+
+    if isinstance(fs, LocalFileSystem):
+        retried("write", url, append_local)
     else:
-        before = fs.cat_file(path) if fs.exists(path) else b""
-        fs.pipe_file(path, before + line.encode() + b"\n")
+        write_bytes(url, (read_bytes(url) if exists(url) else b"") + data)
 
 
-def write_table(url: str, table: pa.Table) -> dict[str, Any]:
-    """Write one Parquet file, whole or not at all, and return its manifest entry."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    data = sink.getvalue().to_pybytes()
-    write_bytes(url, data)
-    return {"bytes": len(data), "sha256": sha256(data)}
+def write_table(url: str, table: pa.Table, *, near: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Write one Parquet file, whole or not at all, and return its manifest entry.
+
+    Integer columns in `near`, where neighbours differ little, are stored as differences. No column
+    gets a dictionary: of columns as ours it makes files larger and both writing and reading slower.
+    """
+    encodings = dict.fromkeys(near, "DELTA_BINARY_PACKED") or None
+
+    def write() -> dict[str, Any]:
+        with new_file(url) as file:
+            pq.write_table(table, file, compression="zstd", use_dictionary=False, column_encoding=encodings)
+        return file.entry()
+
+    return retried("write", url, write)
 
 
 def read_table(url: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file into memory."""
-    return pq.read_table(pa.BufferReader(read_bytes(url)), columns=columns)
+    """Read one Parquet file into memory; of an object store's, only the columns are fetched."""
+    fs, path = filesystem(url)
+
+    def read() -> pa.Table:
+        with pa.OSFile(path) if isinstance(fs, LocalFileSystem) else RetriedReader(fs, path, whole=False) as file:
+            return pq.ParquetFile(file, pre_buffer=True).read(columns)
+
+    return retried("read", url, read)
 
 
 def list_files(url: str) -> list[str]:
-    """Paths of all files below a directory, relative to it; none if it is not there."""
+    """Paths of all files below a directory, relative to it, without what a killed writer left; none if it is not there."""
     fs, root = filesystem(url)
-    return sorted(path[len(root.rstrip("/")) + 1 :] for path in fs.find(root)) if fs.exists(root) else []
+    names = retried("list", url, lambda: list(_files_below(fs, root))) if exists(url) else []
+    return sorted(name for path in names if not _TEMPORARY.search(name := path[len(root.rstrip("/")) + 1 :]))
 
 
 def remove_tree(url: str) -> None:
-    """Delete a directory and all it holds; nothing happens if it is not there."""
-    fs, path = filesystem(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    """Delete a directory and all it holds, its manifest first; nothing happens if it is not there."""
+    fs, root = filesystem(url)
+
+    def remove(path: str) -> None:
+        with suppress(FileNotFoundError):
+            is_bucket = stores.is_object_store(fs) and "/" not in path  # which stays
+            fs.rm(list(_files_below(fs, path)) if is_bucket else path, recursive=not is_bucket)
+
+    manifest = join(url, MANIFEST)
+    if exists(manifest):  # a half-removed directory must not look committed
+        retried("remove", manifest, lambda: remove(filesystem(manifest)[1]))
+    if exists(url):
+        retried("remove", url, lambda: remove(root))
 
 
 def file_sha256(url: str) -> str:
     """Hex SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    fs, path = filesystem(url)
-    with fs.open(path, "rb") as file:
+    return str(_entry(url)["sha256"])
+
+
+def _entry(url: str) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with RetriedReader(*filesystem(url), whole=True) as file:
         while piece := file.read(_CHUNK_BYTES):
             digest.update(piece)
-    return digest.hexdigest()
+            size += len(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def sha256(data: bytes) -> str:
@@ -188,9 +267,7 @@ def commit(url: str, description: dict[str, Any], known: dict[str, dict[str, Any
     files = dict(known or {})
     for relative in list_files(url):
         if relative != MANIFEST and relative not in files:
-            file = join(url, relative)
-            fs, path = filesystem(file)
-            files[relative] = {"bytes": int(fs.size(path)), "sha256": file_sha256(file)}
+            files[relative] = _entry(join(url, relative))
     manifest = {**description, "files": files}
     write_json(join(url, MANIFEST), manifest)
     return manifest

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -49,3 +52,18 @@ def _entry(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def killed_at(line: str, script: str, timeout_s: float = 60) -> None:
+    """Run a Python script in a process of its own and kill it, as `kill -9` does, once it prints `line`."""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    deadline = threading.Timer(timeout_s, process.kill)
+    deadline.start()
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == line, "the script ended, or was too slow, before it got there"
+    finally:
+        deadline.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]

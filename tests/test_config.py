@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lrurec_dist.config import Config, LogConfig, with_absolute_paths
-from lrurec_dist.config_io import differences, from_dict, load_config, to_dict, to_yaml
+from lrurec_dist.config import Config, LogConfig
+from lrurec_dist.config_file import differences, from_dict, load_config, to_dict, to_yaml, with_absolute_paths
 from lrurec_dist.errors import ConfigError, DataNotReadyError
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -19,6 +19,7 @@ OVERRIDES = [
     "train.learning_rate=2e-3",
     "train.max_steps=700",
     "evaluate.ks=[10,3]",
+    'log.keep=["event == click", "country in [DE, FR]"]',
 ]
 
 
@@ -68,6 +69,7 @@ def test_overrides_take_the_type_of_their_setting():
     assert config.train.learning_rate == 0.002
     assert config.train.max_steps == 700
     assert config.evaluate.ks == [10, 3]
+    assert config.log.keep == ["event == click", "country in [DE, FR]"]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,10 @@ def test_an_unknown_setting_in_a_file_is_an_error_too(tmp_path):
         ("train.resume=sometimes", "train.resume"),
         ("train.device=tpu", "train.device"),
         ("log.timestamp_unit=minutes", "log.timestamp_unit"),
+        ("log.format=avro", "log.format"),
+        ("log.keep=price", "log.keep"),
+        ("log.duplicates=merge", "log.duplicates"),
+        ("log.long_users=drop", "log.long_users"),
         ("evaluate.ks=7", "evaluate.ks"),
         ("train=5", "train=5"),
         ("train.max_steps.x=5", "train.max_steps"),
@@ -152,6 +158,13 @@ def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
             "three different columns",
         ),
         (
+            ["log.from_partition=2026-11-02", "log.to_partition=2026-11-02"],
+            "log.to_partition=2026-11-02",
+            "has to come after",
+            "log.from_partition=2026-11-02",
+        ),
+        (["log.max_user_events=-1"], "log.max_user_events=-1", "cannot be negative", "0 is no limit"),
+        (
             ["batch.tokens=99", "train.workers=2"],
             "batch.tokens=99",
             "is below batch.max_length=50 x train.workers=2",
@@ -186,9 +199,10 @@ def test_an_impossible_combination_names_setting_rule_and_way_out(overrides, set
     [
         "log.max_rejected_share=1.01",
         "log.max_rejected_share=-0.1",
+        "log.max_key_bytes=0",
         "synthetic.users=0",
         "synthetic.mean_length=3",
-        "dataset.shards=0",
+        "dataset.shards=-1",
         "batch.global_batch_size=0",
         "batch.shards_mixed=0",
         "batch.tokens=-1",
@@ -299,6 +313,13 @@ def test_absolute_paths_touch_local_relative_paths_alone(monkeypatch, tmp_path):
     assert absolute.bundle.registry == "/registry"
     assert absolute.dataset == config.dataset
     assert absolute.seed == 4
+
+
+def test_each_of_several_log_paths_is_made_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = with_absolute_paths(load_config(overrides=["log.path='old.parquet, s3://bucket/log,/logs/*.parquet'"]))
+    assert config.log.path == f"{tmp_path}/old.parquet,s3://bucket/log,/logs/*.parquet"
+    assert with_absolute_paths(Config()).log.path == ""
 
 
 def test_a_configuration_cannot_be_changed():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lrurec_dist.config import Config
-from lrurec_dist.config_io import load_config
+from lrurec_dist.config_file import load_config
 from lrurec_dist.errors import CatalogueError, DivergenceError
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.checkpoint import find_checkpoint, read_checkpoint_manifest

@@ -8,7 +8,7 @@ import pytest
 # Copies 32 MiB again and again; prints page faults of the last copies as they would be by default and as arranged.
 PROGRAM = """
 import resource, sys, torch
-from lrurec_dist.train.process import keep_freed_memory
+from lrurec_dist.model.process import keep_freed_memory
 arranged = keep_freed_memory() if sys.argv[1] == "kept" else False
 x = torch.ones(8 << 20)
 for _ in range(40):  # malloc leaves a few holes at first, that alignment makes too small to use again
@@ -31,3 +31,22 @@ def test_a_training_process_does_not_fault_its_buffers_in_again_at_every_step() 
     # One copy in five may still land in a new hole; without the setting each of them faults on every page.
     assert results["default"] > 3 * results["kept"], results
     assert results["default"] > 1000, f"without it every copy faults, or the setting would be of no use: {results}"
+
+
+PRODUCTS = """
+import torch
+from lrurec_dist.model.process import multiply_by_onednn
+multiply_by_onednn()
+torch.manual_seed(0)
+for rows, inner, columns in [(3, 64, 64), (400, 64, 300), (896, 2048, 64), (64, 900, 256)]:
+    for left, right in [(torch.randn(rows, inner), torch.randn(inner, columns)), (torch.randn(inner, rows).T, torch.randn(columns, inner).T)]:
+        exact = left.double() @ right.double()
+        error = (left @ right - exact).abs().max() / (left.double().abs() @ right.double().abs()).max()
+        assert error < 1e-6, (rows, inner, columns, error)  # factors in bfloat16 would give 1e-3
+print("fine")
+"""
+
+
+def test_products_stay_float32_whoever_multiplies() -> None:
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True)
+    assert done.stdout == "fine\n"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lrurec_dist.errors import LrurecError
+from lrurec_dist.model import sampling
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
 
@@ -100,6 +101,20 @@ def test_target_weights_scale_each_targets_part() -> None:
         for i in range(12)
     ]
     assert whole.item() == pytest.approx(sum(float(f) * part.item() for f, part in zip(factors, parts, strict=True)))
+
+
+def test_rounded_products_stay_near_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    *tensors, targets = draw()
+    tensors = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    sampler = NegativeSampler(COUNTS, "counts")
+    arguments = (*tensors, targets, sampler.draw(64, seed=0), sampler.log_probability)
+    exact, _ = sampled_softmax_loss(*arguments)
+    # whether a machine rounds the factors is its choice, so here they are
+    monkeypatch.setattr(sampling, "product", lambda left, right, dtype: left.to(dtype).float() @ right.to(dtype).float())
+    rounded, _ = sampled_softmax_loss(*arguments, product_dtype=torch.bfloat16)
+    assert 0 < abs(rounded.item() - exact.item()) < 0.01 * exact.item()
+    for gradient, expected in zip(torch.autograd.grad(rounded, tensors), torch.autograd.grad(exact, tensors), strict=True):
+        assert float((gradient - expected).norm()) < 0.02 * float(expected.norm())
 
 
 def test_no_targets_give_zero_and_no_negatives_are_refused() -> None:

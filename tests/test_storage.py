@@ -10,10 +10,11 @@ from lrurec_dist import storage
 from lrurec_dist.errors import BundleError, IntegrityError
 
 
-@pytest.fixture(params=["local", "file", "memory"])
+@pytest.fixture(params=["local", "file", "memory", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty directory's URL on each kind of storage that needs no network."""
-    url = {"local": f"{tmp_path}/place", "file": f"file://{tmp_path}/place", "memory": "memory://place"}[request.param]
+    """An empty directory's URL on each kind of storage."""
+    here = {"local": f"{tmp_path}/place", "file": f"file://{tmp_path}/place", "memory": "memory://place"}
+    url = here.get(request.param) or request.getfixturevalue("bucket")
     yield url
     storage.remove_tree(url)
 
@@ -116,6 +117,14 @@ def test_a_removed_tree_is_gone_and_removing_it_again_is_no_error(place):
 def test_a_file_a_directory_and_a_glob_expand_to_their_data_files(place, pattern, found):
     write_files(place, "b.parquet", "a.parquet", "day=1/c.parquet", "_SUCCESS", ".hidden.parquet", "day=1/.c.crc")
     assert names_of(place, storage.expand(place + pattern)) == found
+
+
+def test_links_on_local_disk_are_followed_where_they_are_named(tmp_path):
+    write_files(f"{tmp_path}/real", "a", "b")
+    os.symlink(tmp_path / "real", tmp_path / "directory")
+    os.symlink(tmp_path / "real" / "a", tmp_path / "file")
+    assert list(storage.expand(f"{tmp_path}/directory")) == [f"{tmp_path}/directory/a", f"{tmp_path}/directory/b"]
+    assert list(storage.expand(f"{tmp_path}/file")) == [f"{tmp_path}/file"]
 
 
 def test_files_below_a_hidden_directory_are_left_out(place):

@@ -10,15 +10,14 @@ may be short; the loss is weighted by targets, so that is no bias. `splits.py` s
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lrurec_dist import PAD_ID
-from lrurec_dist.config import Config
 from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
-from lrurec_dist.data.splits import Part, Split, resolve_split
+from lrurec_dist.data.splits import Part, Split
 from lrurec_dist.errors import DataQualityError
 
 BATCHES_SORTED = 256  # full-length batches whose windows are sorted by length together, under a token budget
@@ -45,13 +44,6 @@ class DataOrder:
     stride: int = 0
     tokens: int = 0
     split: Split = field(default_factory=Split)
-
-
-def data_order(config: Config, dataset: SequenceDataset) -> DataOrder:
-    """The order that a configuration gives a dataset."""
-    options = asdict(config.batch)
-    del options["feed"]  # where batches are made does not change them
-    return DataOrder(seed=config.seed, split=resolve_split(dataset, **asdict(config.split)), **options)
 
 
 @dataclass(frozen=True)

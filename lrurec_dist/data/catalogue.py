@@ -3,15 +3,16 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lrurec_dist import storage
-from lrurec_dist.errors import CatalogueError
+from lrurec_dist.errors import CatalogueError, ConfigError
 
-ACTIVE = "active"
+ACTIVE, DELETED = "active", "deleted"
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Catalogue:
     """Items in the order of their ids.
 
     `table` has the columns item_id (1..num_items), item_key, status, count, first_seen, last_seen.
-    An id never changes its key: a later catalogue only appends.
+    An id never changes its key: a later catalogue only appends. A deleted item keeps its row, with
+    status `deleted`, so that its id is never given again.
     """
 
     table: pa.Table
@@ -33,6 +35,19 @@ class Catalogue:
     def keys(self) -> pa.Array:
         """item_key of item_id 1, 2, …"""
         return self.table["item_key"].combine_chunks()
+
+    def with_figures(
+        self, counts: np.ndarray, first_seen: np.ndarray, last_seen: np.ndarray, deleted: np.ndarray | None
+    ) -> "Catalogue":
+        """The same items with other figures, (num_items,) each, and the given item ids marked as deleted."""
+        status = np.full(self.num_items, ACTIVE, dtype=object)
+        if deleted is not None:
+            status[deleted - 1] = DELETED
+        columns = {"status": pa.array(status, pa.string()), "count": counts, "first_seen": first_seen, "last_seen": last_seen}
+        table = self.table
+        for name, values in columns.items():
+            table = table.set_column(table.schema.get_field_index(name), name, pa.chunked_array([values]))
+        return Catalogue(table)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,8 +78,7 @@ def build_catalogue(items: pa.Table, parent: Catalogue | None = None) -> Catalog
 
     Args:
         items: item_key, count, first_seen, last_seen; one row per item, in any order.
-        parent: the catalogue to extend. Items of the parent that do not occur keep their row, with
-            the parent's figures; those that do get the new ones.
+        parent: the catalogue to extend; its rows stay as they are.
 
     Raises:
         CatalogueError: the parent's keys are of another type.
@@ -86,21 +100,28 @@ def build_catalogue(items: pa.Table, parent: Catalogue | None = None) -> Catalog
     )
     if parent is None:
         return Catalogue(appended.combine_chunks())
-    position = pc.index_in(parent.keys, value_set=items["item_key"].combine_chunks())
-    refreshed = parent.table
-    for name in ("count", "first_seen", "last_seen"):
-        values = pc.coalesce(items[name].cast(pa.int64()).combine_chunks().take(position), parent.table[name].combine_chunks())
-        refreshed = refreshed.set_column(refreshed.schema.get_field_index(name), name, values)
-    return Catalogue(pa.concat_tables([refreshed, appended]).combine_chunks())
+    return Catalogue(pa.concat_tables([parent.table, appended]).combine_chunks())
 
 
 def _empty(items: pa.Table) -> Catalogue:
     return Catalogue(items.slice(0, 0))
 
 
-def save_catalogue(catalogue: Catalogue, url: str) -> None:
-    """Write the catalogue below the directory `url`."""
-    storage.write_table(storage.join(url, "part-00000.parquet"), catalogue.table)
+def as_keys(text: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Keys written as text, in the type of the log's keys.
+
+    Raises:
+        ConfigError: the log's keys are integers and a text is none.
+    """
+    try:
+        return text.cast(kind)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"a key is no {kind}, which the log's keys are: {error}") from None
+
+
+def save_catalogue(catalogue: Catalogue, url: str) -> dict[str, Any]:
+    """Write the catalogue below the directory `url`; returns the manifest entry of its file."""
+    return storage.write_table(storage.join(url, "part-00000.parquet"), catalogue.table)
 
 
 def load_catalogue(url: str) -> Catalogue:

@@ -1,230 +1,239 @@
-"""From a log file to events: three typed columns, and a reason where a row cannot be used."""
+"""From the files of a log to events: three typed columns, and every other row accounted for."""
 
-import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
-import ray
-import ray.data
-from ray.exceptions import RayError
 
-from lrurec_dist import storage
-from lrurec_dist.errors import DataNotReadyError, DataQualityError, LrurecError
+from lrurec_dist.data.conditions import Condition, parse_condition
+from lrurec_dist.data.normalise import Mask, either, is_text, mask_of, normalise_keys, normalise_times, nulls_of
+from lrurec_dist.data.raw_blocks import Columns, RawBlock, malformed_lines
+from lrurec_dist.data.readers import read_blocks, read_schema
+from lrurec_dist.data.sources import ReadUnit, Source, each
+from lrurec_dist.errors import ConfigError, DataQualityError
 
-# Integer timestamps become microseconds since 1970; positions stay what they are.
-MICROSECONDS_PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 0.001, "position": 1}
-_SUFFIXES = {"parquet": (".parquet", ".pq"), "csv": (".csv", ".csv.gz", ".csv.zst")}
+_ORIGIN = ("_reason", "_source", "_row")
 
 
-def resolve_log(path: str, log_format: str) -> tuple[dict[str, str], str]:
-    """The log's files as a map from URL to version, and their format.
+@dataclass(frozen=True, kw_only=True)
+class EventRules:
+    """Which columns of a log make an event, and which rows are read."""
+
+    user_column: str
+    item_column: str
+    timestamp_column: str
+    timestamp_unit: str  # of integers: s, ms, us, ns, position
+    keep: tuple[str, ...]  # conditions that a row has to satisfy, all of them; see `parse_condition`
+    since: int | None  # first stored time to read (microseconds since 1970, or position)
+    until: int | None  # first stored time that is not read any more
+    max_key_bytes: int
+
+
+@dataclass(frozen=True)
+class EventBlock:
+    """Some consecutive rows of a file: `rows_read` are the events, the quarantined and the filtered ones."""
+
+    events: pa.Table  # user_key, item_key (int64 or large_string), timestamp int64 (microseconds since 1970, or positions)
+    quarantined: pa.Table  # all columns of the rejected rows, or _line for text that is no row; _reason, _source, _row
+    rows_read: int
+    filtered: dict[str, int]  # why rows were left out on purpose -> how many
+
+
+def read_unit(unit: ReadUnit, rules: EventRules) -> Iterator[EventBlock]:
+    """The rows of a unit as events, in blocks that fit in memory whatever the file's size.
+
+    A row that fails a condition is filtered, whatever else is wrong with it: another kind of event
+    need not have an item. A row that satisfies all and is unusable is quarantined as it stands in the
+    file, with its number there and the first of these reasons: malformed_row, unreadable_condition,
+    wrong_type, null_user_key, null_item_key, oversized_key, null_timestamp, unparsable_timestamp,
+    out_of_range_timestamp. Of JSON Lines it is the line (`_line`), since values of one name may be of
+    several types. A usable row outside the time window is filtered.
+
+    Keys of Parquet and JSON Lines are integers or strings as they are there; those of CSV are strings.
+    A block without usable rows tells nothing by the type of its keys.
 
     Raises:
-        DataNotReadyError: no file matches.
-        DataQualityError: the format cannot be told, or the files are of several.
+        ConfigError: a condition is none.
+        DataNotReadyError: the file is no longer there.
+        DataQualityError: the file cannot be read, lacks a column, or has one of an unusable type.
     """
-    files = storage.expand(path)
-    if not files:
-        raise DataNotReadyError(f"log.path={path}: no file there; give an existing file, directory or glob")
-    if log_format != "auto":
-        return files, log_format
-    formats = {url: next((name for name, ends in _SUFFIXES.items() if url.lower().endswith(ends)), "") for url in files}
-    kinds = set(formats.values())
-    if len(kinds) != 1 or "" in kinds:
-        odd = next(url for url in formats if formats[url] == "" or len(kinds) > 1)
-        raise DataQualityError(
-            f"log.path={path}: {odd} does not tell one common format by its name "
-            f"({', '.join(sum(_SUFFIXES.values(), ()))}); set log.format=parquet or log.format=csv"
-        )
-    return files, kinds.pop()
+    conditions = [parse_condition(text) for text in rules.keep]
+    for raw in read_blocks(unit, _columns(rules, conditions)):
+        yield _event_block(raw, unit.source.url, rules, conditions)
 
 
-def read_events(
-    files: Sequence[str], *, log_format: str, user_column: str, item_column: str, timestamp_column: str, timestamp_unit: str
-) -> ray.data.Dataset:
-    """The rows of a log as events.
-
-    Columns: `user_key` and `item_key` (int64 or large_string), `timestamp` int64 (microseconds
-    since 1970, or positions), `reason` string: null for a usable row, else why it is not
-    (`null_user_key`, `null_item_key`, `null_timestamp`, `unparsable_timestamp`). No row is dropped.
-
-    Keys in Parquet keep their type. Keys in CSV are strings, since text cannot say whether `007`
-    is a number.
-
-    Raises:
-        DataQualityError: a column is missing from the first file. What other files hold is seen
-            when they are read: a column of a type that is no key or time, or of another type than
-            in the first, fails there (`reading_errors`); one that is missing reads as nulls.
-    """
-    columns = [user_column, item_column, timestamp_column]
-    filesystem, _ = storage.arrow_filesystem(files[0])
-    paths = [storage.arrow_filesystem(url)[1] for url in files]
-    _check_columns(files[0], log_format, columns)
-    if log_format == "parquet":
-        dataset = ray.data.read_parquet(paths, filesystem=filesystem).select_columns(columns)
-    else:
-        as_text = pa.csv.ConvertOptions(
-            include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), null_values=[""], strings_can_be_null=True
-        )
-        dataset = ray.data.read_csv(paths, filesystem=filesystem, convert_options=as_text, file_extensions=None)
-    normalise = functools.partial(normalise_block, columns=columns, timestamp_unit=timestamp_unit)
-    return dataset.map_batches(normalise, batch_format="pyarrow", batch_size=None)
+def _columns(rules: EventRules, conditions: Sequence[Condition]) -> Columns:
+    by_text = {condition.text: condition.column for condition in conditions}
+    return Columns(rules.user_column, rules.item_column, rules.timestamp_column, by_text)
 
 
-def _check_columns(url: str, log_format: str, columns: list[str]) -> None:
-    filesystem, path = storage.arrow_filesystem(url)
+def _event_block(raw: RawBlock, url: str, rules: EventRules, conditions: Sequence[Condition]) -> EventBlock:
     try:
-        if log_format == "parquet":
-            present = pq.read_schema(path, filesystem=filesystem).names
-        else:
-            with filesystem.open_input_stream(path) as stream:  # decompresses by file name
-                present = pa.csv.open_csv(stream).schema.names
-    except pa.ArrowInvalid as reason:
-        raise DataQualityError(f"{url} cannot be read as {log_format}: {str(reason).splitlines()[0]}") from None
-    for setting, column in zip(("user_column", "item_column", "timestamp_column"), columns, strict=True):
-        if column not in present:
-            raise DataQualityError(f"log.{setting}={column}: {url} has no such column; it has {', '.join(present)}")
+        events, verdicts = _judge(raw, rules, conditions)
+    except DataQualityError as error:
+        raise DataQualityError(f"{url}: {error}") from None
+    outcome = np.zeros(raw.table.num_rows, np.int16)  # 0: an event, else 1 + position of its verdict
+    for code, (_, _, mask) in reversed(list(enumerate(verdicts, 1))):
+        outcome[mask] = code
+    if verdicts:
+        events = events.filter(pa.array(outcome == 0))
+    counts = np.bincount(outcome, minlength=len(verdicts) + 1)[1:]
+    filtered: dict[str, int] = {}
+    for (reason, rejects, _), count in zip(verdicts, counts.tolist(), strict=True):
+        if count and not rejects:
+            filtered[reason] = filtered.get(reason, 0) + count
+    rejecting = np.array([False, *(rejects for _, rejects, _ in verdicts)])
+    rejected = np.flatnonzero(rejecting[outcome]) if rejecting.any() else np.empty(0, np.int64)
+    names = pa.array(["", *(reason for reason, _, _ in verdicts)], pa.string())
+    quarantined = _quarantine(raw, url, rejected, names.take(pa.array(outcome[rejected])))
+    return EventBlock(events, quarantined, raw.table.num_rows + raw.malformed.num_rows, filtered)
 
 
-def normalise_block(block: pa.Table, *, columns: Sequence[str], timestamp_unit: str) -> pa.Table:
-    """One block of log rows as events; see `read_events`."""
-    user, item, time = (_single_chunk(block[name]) for name in columns)
-    user, item = _keys(user, columns[0]), _keys(item, columns[1])
-    timestamp, unparsable = _timestamps(time, columns[2], timestamp_unit)
-    reason = pc.case_when(
-        pc.make_struct(_is_empty(user), _is_empty(item), time.is_null(), unparsable),
-        "null_user_key",
-        "null_item_key",
-        "null_timestamp",
-        "unparsable_timestamp",
-        pa.scalar(None, pa.string()),
-    )
-    return pa.table({"user_key": user, "item_key": item, "timestamp": timestamp, "reason": reason})
+def _judge(
+    raw: RawBlock, rules: EventRules, conditions: Sequence[Condition]
+) -> tuple[pa.Table, list[tuple[str, bool, np.ndarray]]]:
+    """All rows as events, and the verdicts on those that are none: reason, whether it rejects, where; the first one counts."""
+    verdicts: list[tuple[str, bool, Mask]] = []
+    for condition in conditions:
+        unsatisfied, unreadable = condition.evaluate(raw.table[condition.column])
+        verdicts += [("unreadable_condition", True, unreadable), (f"keep: {condition.text}", False, unsatisfied)]
+    users, no_user, long_user = normalise_keys(raw.table[rules.user_column], rules.user_column, rules.max_key_bytes)
+    items, no_item, long_item = normalise_keys(raw.table[rules.item_column], rules.item_column, rules.max_key_bytes)
+    written = raw.table[rules.timestamp_column]
+    times, unparsable, out_of_range = normalise_times(written, rules.timestamp_column, rules.timestamp_unit)
+    verdicts += [
+        ("wrong_type", True, raw.wrong_type),
+        ("null_user_key", True, no_user),
+        ("null_item_key", True, no_item),
+        ("oversized_key", True, either(long_user, long_item)),
+        ("null_timestamp", True, nulls_of(written)),
+        ("unparsable_timestamp", True, unparsable),
+        ("out_of_range_timestamp", True, out_of_range),
+    ]
+    if rules.since is not None:
+        verdicts.append(("before log.since", False, mask_of(pc.less(times, rules.since))))
+    if rules.until is not None:
+        verdicts.append(("from log.until on", False, mask_of(pc.greater_equal(times, rules.until))))
+    events = pa.table({"user_key": users, "item_key": items, "timestamp": times})
+    return events, [(reason, rejects, mask) for reason, rejects, mask in verdicts if mask is not None]
 
 
-def _single_chunk(column: pa.ChunkedArray) -> pa.Array:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+def _quarantine(raw: RawBlock, url: str, positions: np.ndarray, reasons: pa.Array) -> pa.Table:
+    parts = []
+    if len(positions) or not raw.malformed.num_rows:
+        rows = raw.originals(positions) if len(positions) else pa.table({})
+        # Rows that were quarantined once, mended in part and read again bring these columns along.
+        rows = rows.drop_columns([name for name in _ORIGIN if name in rows.column_names])
+        parts.append(_with_origin(rows, reasons, url, pa.array(raw.rows[positions])))
+    if raw.malformed.num_rows:
+        malformed = raw.malformed.drop_columns(["_row"])
+        parts.append(_with_origin(malformed, pa.repeat("malformed_row", len(malformed)), url, raw.malformed["_row"]))
+    quarantined = pa.concat_tables(parts, promote_options="default")
+    return quarantined.select([*(name for name in quarantined.column_names if name not in _ORIGIN), *_ORIGIN])
 
 
-def _keys(column: pa.Array, name: str) -> pa.Array:
-    if pa.types.is_integer(column.type):
-        try:
-            return column.cast(pa.int64())
-        except pa.ArrowInvalid:
-            raise DataQualityError(f"column {name} holds unsigned keys above 2^63; store them as strings") from None
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type):
-        return column.cast(pa.large_string())  # offsets of 64 bits: a block of keys may pass 2 GB
-    raise DataQualityError(f"column {name} is {column.type}; keys are integers or strings, so cast it where the log is written")
-
-
-def _is_empty(keys: pa.Array) -> pa.Array:
-    if pa.types.is_large_string(keys.type):
-        return pc.fill_null(pc.equal(pc.binary_length(keys), 0), True)
-    return keys.is_null()
-
-
-def _timestamps(column: pa.Array, name: str, unit: str) -> tuple[pa.Array, pa.Array]:
-    """int64 times, and where a value that is not null could not be read as one."""
-    kind = column.type
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        if unit == "position":
-            raise DataQualityError(f"log.timestamp_unit=position, but column {name} is {kind}; set another unit")
-        instants = column.cast(pa.timestamp("s")) if pa.types.is_date(kind) else column
-        return _scale(instants.cast(pa.int64()), instants.type.unit)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return _parse_text(column, unit)
-    if pa.types.is_integer(kind) or pa.types.is_null(kind):
-        too_far = pc.fill_null(pc.greater(column, pa.scalar(2**63 - 1, pa.uint64())), False) if pa.types.is_uint64(kind) else None
-        signed = pc.if_else(too_far, None, column) if too_far is not None else column
-        values, beyond = _scale(signed.cast(pa.int64()), unit)
-        return values, beyond if too_far is None else pc.or_(beyond, too_far)
-    raise DataQualityError(
-        f"column {name} is {kind}; a time is an integer with a unit, an Arrow timestamp, or text that spells one of them"
+def _with_origin(rows: pa.Table, reasons: pa.Array, url: str, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
+    return (
+        rows.append_column("_reason", reasons)
+        .append_column("_source", pa.repeat(pa.scalar(url, pa.large_string()), len(reasons)))
+        .append_column("_row", numbers)
     )
 
 
-def _scale(values: pa.Array, unit: str) -> tuple[pa.Array, pa.Array]:
-    factor = MICROSECONDS_PER_UNIT[unit]
-    if factor < 1:
-        return pc.divide(values, round(1 / factor)), pa.array(np.zeros(len(values), bool))
-    limit = (2**63 - 1) // int(factor)
-    too_far = pc.fill_null(pc.or_(pc.greater(values, limit), pc.less(values, -limit)), False)
-    return pc.multiply(pc.if_else(too_far, None, values), int(factor)), too_far
+def inspect_schemas(sources: Sequence[Source], rules: EventRules) -> list[str]:
+    """Look at every file's columns before reading, and say how they change along the log.
 
-
-def _parse_text(column: pa.Array, unit: str) -> tuple[pa.Array, pa.Array]:
-    """Digits are integers in the configured unit; anything else has to be an ISO 8601 time, which is no position."""
-    magnitude = pc.utf8_ltrim(column, "-")
-    fits = pc.or_(pc.less(pc.utf8_length(magnitude), 19), pc.less_equal(magnitude, "9223372036854775807"))
-    digits = pc.fill_null(pc.and_(pc.match_substring_regex(column, r"^-?\d{1,19}$"), fits), False)
-    scaled, too_far = _scale(pc.cast(pc.if_else(digits, column, None), pa.int64()), unit)
-    spelled_out = pc.and_(pc.invert(digits), column.is_valid())
-    if unit == "position" or not pc.any(spelled_out, min_count=0).as_py():
-        return scaled, pc.or_(too_far, spelled_out)
-    text = pc.if_else(digits, None, column).to_pandas()
-    spelled = pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True).astype("datetime64[us, UTC]")
-    instants = pa.Array.from_pandas(spelled).cast(pa.int64())
-    timestamps = pc.coalesce(scaled, instants)
-    return timestamps, pc.and_(timestamps.is_null(), column.is_valid())
-
-
-@contextmanager
-def reading_errors() -> Iterator[None]:
-    """Turn what reading raised, here or in a task, into the error it stands for: ours as it is, the reader's as bad data."""
-    try:
-        yield
-    except (RayError, pa.ArrowException) as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, LrurecError):
-                raise cause from None
-            if isinstance(cause, pa.ArrowException | KeyError | ValueError) and not isinstance(cause, RayError):
-                raise DataQualityError(f"the log cannot be read: {str(cause).splitlines()[0]}") from error
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise
-
-
-def summarise_items(events: ray.data.Dataset) -> tuple[pa.Table, dict[str, int]]:
-    """One pass over the events: each item's count, first and last time; each reason's row count.
+    Reads footers of Parquet, headers of CSV, first lines of JSON Lines.
 
     Returns:
-        A table (item_key, count, first_seen, last_seen) of the usable rows, and a map from reason
-        to rejected rows.
+        What changes among the columns that may: `column coupon appears from <url> on`, is missing,
+        or changes its type; each such change once.
 
     Raises:
-        DataQualityError: item keys are of several types.
+        ConfigError: a condition is none.
+        DataNotReadyError: a file is no longer there.
+        DataQualityError: a file cannot be read, lacks a column, has one of an unusable type, or has
+            integer keys where an earlier file has strings. A column of a condition may be missing in
+            JSON Lines, which leave out what is null, but not in all files.
     """
-    summaries = events.map_batches(_summarise_block, batch_format="pyarrow", batch_size=None)
-    parts = [part for part in ray.get(summaries.to_arrow_refs()) if part.num_rows]
-    types = {str(part.schema.field("item_key").type) for part in parts}
-    if len(types) > 1:
-        raise DataQualityError(f"item keys are {' in some files and '.join(sorted(types))} in others; store one type")
-    if not parts:
-        return pa.table({"item_key": pa.array([], pa.large_string()), "count": [], "first_seen": [], "last_seen": []}), {}
-    merged = (
-        pa.concat_tables(parts)
-        .group_by(["item_key", "reason"], use_threads=False)
-        .aggregate([("count", "sum"), ("first_seen", "min"), ("last_seen", "max")])
-        .rename_columns(["item_key", "reason", "count", "first_seen", "last_seen"])
-    )
-    usable = merged.filter(merged["reason"].is_null()).drop_columns(["reason"])
-    rejected = merged.filter(merged["reason"].is_valid())
-    return usable, dict(zip(rejected["reason"].to_pylist(), rejected["count"].to_pylist(), strict=True))
+    conditions = [parse_condition(text) for text in rules.keep]
+    columns = _columns(rules, conditions)
+    key_kinds: dict[str, tuple[str, str]] = {}  # key column -> kind and file that showed it first
+    notes: dict[tuple[str, str], str] = {}
+    before: pa.Schema | None = None
+    sampled: dict[str, set[str]] = {}  # JSON Lines file -> columns of its first lines
+    for source, schema in zip(sources, each(read_schema, sources), strict=True):
+        if source.format == "jsonl":
+            if not schema.names:
+                continue
+            sampled[source.url] = set(schema.names)
+        columns.check(source.url, schema.names, conditions=source.format != "jsonl")
+        empty = schema.empty_table()
+        for name in set(columns.names) - set(schema.names):
+            empty = empty.append_column(name, pa.nulls(0))
+        _event_block(_without_rows(empty.select(columns.names)), source.url, rules, conditions)
+        for setting, name in (("log.user_column", columns.user), ("log.item_column", columns.item)):
+            _check_kind(f"{setting}={name}", source.url, schema.field(name).type, key_kinds)
+        if before is not None:
+            _note_changes(before, schema, source.url, {columns.user, columns.item}, notes)
+        before = schema
+    if sampled:
+        columns.check(f"every JSON Lines file, such as {next(iter(sampled))},", sorted(set().union(*sampled.values())))
+    return list(notes.values())
 
 
-def _summarise_block(events: pa.Table) -> pa.Table:
-    usable = events["reason"].is_null()
-    keyed = events.set_column(events.schema.get_field_index("item_key"), "item_key", pc.if_else(usable, events["item_key"], None))
-    return (
-        keyed.group_by(["item_key", "reason"], use_threads=False)
-        .aggregate([([], "count_all"), ("timestamp", "min"), ("timestamp", "max")])
-        .rename_columns(["item_key", "reason", "count", "first_seen", "last_seen"])
-    )
+def _without_rows(table: pa.Table) -> RawBlock:
+    return RawBlock(table, np.empty(0, np.int64), malformed_lines(), lambda _: table)
+
+
+def _check_kind(setting: str, url: str, kind: pa.DataType, first: dict[str, tuple[str, str]]) -> None:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_null(kind):
+        return
+    name = "strings" if is_text(kind) else "integers"
+    known, known_url = first.setdefault(setting, (name, url))
+    if name != known:
+        raise DataQualityError(
+            f"{setting}: keys are {known} in {known_url} and {name} ({kind}) in {url}; store one type, or read one part"
+        )
+
+
+def _note_changes(before: pa.Schema, after: pa.Schema, url: str, keys: set[str], notes: dict[tuple[str, str], str]) -> None:
+    old, new = (dict(zip(schema.names, map(_plain, schema.types), strict=True)) for schema in (before, after))
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old:
+            notes.setdefault((name, "appears"), f"column {name} appears from {url} on")
+        elif name not in new:
+            notes.setdefault((name, "misses"), f"column {name} is missing from {url} on")
+        elif old[name] != new[name] and name not in keys:
+            notes.setdefault((name, "changes"), f"column {name} changes from {old[name]} to {new[name]} from {url} on")
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type without what a writer may choose freely: dictionaries, and which of the string types."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.string() if is_text(kind) else kind
+
+
+def parse_time(text: str, unit: str, setting: str) -> int | None:
+    """The stored time (microseconds since 1970, or position) that a setting spells; None for an empty one.
+
+    Args:
+        text: an integer in `unit`, or an ISO 8601 time, which is UTC unless it says otherwise.
+        unit: s, ms, us, ns or position, which takes integers alone.
+        setting: its name, for the error.
+
+    Raises:
+        ConfigError: `text` is no time, or one that does not fit in 64 bits of microseconds.
+    """
+    if not text:
+        return None
+    times, _, _ = normalise_times(pa.chunked_array([[text]]), setting, unit)
+    if times.null_count:
+        raise ConfigError(
+            f"{setting}={text}: give an integer of log.timestamp_unit={unit}"
+            + ("" if unit == "position" else " or an ISO 8601 time such as 2026-11-01T00:00:00Z, in the years 1678 to 9999")
+        )
+    return int(times[0].as_py())

@@ -1,124 +1,229 @@
-"""From a log to a prepared dataset: one pass for the catalogue, one shuffle into sequence shards."""
+"""From a log to a prepared dataset, anew or by merging new files into last night's."""
 
-import functools
-import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-import ray.data
 
 from lrurec_dist import storage
-from lrurec_dist.data.catalogue import Catalogue, build_catalogue, load_catalogue, save_catalogue
-from lrurec_dist.data.events import read_events, reading_errors, resolve_log, summarise_items
+from lrurec_dist.data.catalogue import DELETED, Catalogue, as_keys, build_catalogue, save_catalogue
+from lrurec_dist.data.events import EventRules, inspect_schemas
+from lrurec_dist.data.passes import LocalPasses, PartReport, RayPasses
 from lrurec_dist.data.sequences import MIN_EVALUABLE, SCHEMA_VERSION, SequenceDataset
-from lrurec_dist.errors import CatalogueError, ConfigError, DataQualityError
+from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport
+from lrurec_dist.data.sources import Source, read_units, resolve_sources
+from lrurec_dist.errors import ConfigError, DataQualityError
 
-TIE_RULE = "timestamp, then item_id"
+LOCAL_BYTES = 2 << 30  # a night whose files are smaller is prepared in one process
+UNIT_BYTES = 64 << 20  # of files, read by one task
+SHARD_BYTES = 64 << 20  # of files a shard, where the number of shards is not given
+LEAST_SHARDS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What a dataset is made of. See `lrurec_dist.config` for the settings behind it.
+
+    `parent` is an earlier dataset: its sequences are merged with the files of the log that it has
+    not seen; with `rebuild` the whole log is read again and only its item ids are kept.
+    `deleted_users` and `deleted_items` are files of keys, one a line, of whom nothing is kept.
+    """
+
+    log_path: str
+    log_format: str
+    partition_column: str = "date"
+    from_partition: str = ""
+    to_partition: str = ""
+    rules: EventRules
+    max_rejected_share: float
+    drop_duplicates: bool = True
+    max_user_events: int = 0
+    shards: int = 0
+    parent: str = ""
+    rebuild: bool = False
+    deleted_users: str = ""
+    deleted_items: str = ""
 
 
 def prepare_dataset(
-    url: str,
-    *,
-    log_path: str,
-    log_format: str,
-    user_column: str,
-    item_column: str,
-    timestamp_column: str,
-    timestamp_unit: str,
-    max_rejected_share: float,
-    shards: int,
-    parent: str = "",
+    url: str, options: PrepareOptions, progress: Callable[[str], None], connect: Callable[[], None]
 ) -> tuple[SequenceDataset, bool]:
     """Turn a log into a committed dataset at `url`, or find it there.
 
     Args:
         url: the dataset's directory.
-        parent: an earlier dataset whose item ids are kept; empty for none.
-        others: as in `lrurec_dist.config.LogConfig` and `DatasetConfig`.
+        options: what it is made of.
+        progress: called with a line for each piece of work that is done.
+        connect: called before Ray is used, which is where the log's files exceed LOCAL_BYTES.
 
     Returns:
         The dataset, and whether it was there already, prepared from the same files in the same way.
 
     Raises:
-        ConfigError: another dataset lies at `url`.
+        ConfigError: another dataset lies at `url`, or the parent was prepared in another way.
         DataNotReadyError: the log does not exist.
-        DataQualityError: the log is empty, lacks a column, or too many rows are unusable.
+        DataQualityError: the log is empty, lacks a column, changed after the parent read it, or too
+            many rows are unusable.
     """
-    files, log_format = resolve_log(log_path, log_format)
-    parent_dataset = SequenceDataset(parent) if parent else None
-    inputs: dict[str, Any] = {
-        "columns": [user_column, item_column, timestamp_column],
-        "format": log_format,
-        "parent_catalogue": parent_dataset.manifest["catalogue_fingerprint"] if parent_dataset else None,
-        "shards": shards,
-        "sources": files,
-        "timestamp_unit": timestamp_unit,
-    }
+    sources = resolve_sources(
+        options.log_path,
+        log_format=options.log_format,
+        partition_column=options.partition_column,
+        from_partition=options.from_partition,
+        to_partition=options.to_partition,
+    )
+    parent = SequenceDataset(options.parent) if options.parent else None
+    base = None if options.rebuild else parent
+    inputs = _inputs(options, sources, parent, base)
     if storage.is_committed(url):
-        dataset = SequenceDataset(url, verify=True)
-        differing = sorted(name for name in inputs if dataset.manifest["inputs"].get(name) != inputs[name])
-        if differing:
-            raise ConfigError(
-                f"dataset.dir={url}: holds a dataset prepared with other {', '.join(differing)}; choose another dataset.dir or run_dir, or delete it"
-            )
-        _check_quality(log_path, dataset.manifest["interactions"], dataset.manifest["rows_rejected"], max_rejected_share)
-        return dataset, True
+        return _found(url, options, inputs), True
     _remove_leftovers(url)
+    started = time.perf_counter()
+    fresh = sources if base is None else _unseen(sources, base, inputs)
+    shards = inputs["shards"]
+    notes = inspect_schemas(fresh, options.rules) if fresh else []
+    units = read_units(fresh, UNIT_BYTES)
+    small = sum(unit.size for unit in units) + (_bytes_of(base) if base else 0) <= LOCAL_BYTES
+    if not small:
+        connect()
+    passes = LocalPasses(threads=os.cpu_count() or 1) if small else RayPasses()
 
-    with reading_errors():
-        events = read_events(
-            list(files),
-            log_format=log_format,
-            user_column=user_column,
-            item_column=item_column,
-            timestamp_column=timestamp_column,
-            timestamp_unit=timestamp_unit,
-        ).materialize()
-        items, rejected = summarise_items(events)
-    interactions = int(pc.sum(items["count"]).as_py() or 0)
-    _check_quality(log_path, interactions, rejected, max_rejected_share)
-    catalogue = build_catalogue(items, parent_dataset.catalogue if parent_dataset else None)
-    save_catalogue(catalogue, storage.join(url, "catalogue"))
-    written = write_sequences(events, url, catalogue.fingerprint, shards)
-    lengths = np.repeat(written["length"].to_numpy(), written["users"].to_numpy())
-    if int(lengths.sum()) != interactions:
-        raise DataQualityError(
-            f"{url}: {interactions:,} interactions read but {int(lengths.sum()):,} written; this is a bug, please report it"
-        )
+    parts: list[PartReport] = []
+    for part in passes.read(units, options.rules, shards, url):
+        parts.append(part)
+        progress(f"read {len(parts):,} of {len(units):,} parts, {sum(part.rows_read for part in parts):,} rows")
+    read_s = time.perf_counter() - started
+    rejected = _summed(part.rejected for part in parts)
+    rows_read = sum(part.rows_read for part in parts)
+    _check_quality(options, rows_read, rejected, sum(part.events for part in parts), base)
+
+    user_type = _one_type("user", [part.user_type for part in parts], base)
+    catalogue, ids = _catalogue_of(parts, parent.catalogue if parent else None)
+    merge_rules = MergeRules(
+        drop_duplicates=options.drop_duplicates,
+        max_user_events=options.max_user_events,
+        deleted_users=_keys_in(options.deleted_users),
+        deleted_items=_deleted_ids(options.deleted_items, catalogue),
+    )
+    merged: list[ShardReport] = []
+    for report in passes.merge(ids, shards, base.url if base else None, merge_rules, url):
+        merged.append(report)
+        progress(f"merged {len(merged):,} of {shards:,} shards")
+    catalogue = _with_figures(catalogue, merged, merge_rules.deleted_items)
+    catalogue_entry = save_catalogue(catalogue, storage.join(url, "catalogue"))
+    dropped = _summed(report.dropped for report in merged)
+    lengths = np.concatenate([report.lengths for report in merged])
+    users = np.concatenate([report.users for report in merged])
+    interactions = int((lengths * users).sum())
+    before = int(base.manifest["interactions"]) if base else 0
+    if rows_read != sum(part.events for part in parts) + sum(rejected.values()) + sum(
+        sum(part.filtered.values()) for part in parts
+    ) or interactions != before + sum(part.events for part in parts) - sum(dropped.values()):
+        raise DataQualityError(f"{url}: the counts of rows do not add up; this is a bug, please report it")
     description = {
         "schema_version": SCHEMA_VERSION,
         "inputs": inputs,
+        "schema_notes": notes,
         "tie_rule": TIE_RULE,
-        "time_unit": "position" if timestamp_unit == "position" else "us",
-        "rows_read": interactions + sum(rejected.values()),
+        "user_key_type": user_type,
+        "time_unit": "position" if options.rules.timestamp_unit == "position" else "us",
+        "rows_read": rows_read,
         "rows_rejected": rejected,
+        "rows_filtered": _summed(part.filtered for part in parts),
+        "events_dropped": dropped,
+        "interactions_of_parent": before,
         "interactions": interactions,
-        "users": len(lengths),
-        "users_evaluable": int((lengths >= MIN_EVALUABLE).sum()),
-        "users_too_short_to_evaluate": int((lengths < MIN_EVALUABLE).sum()),
-        "length_percentiles": {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in (0, 10, 50, 90, 99, 100)},
+        "users": int(users.sum()),
+        "users_evaluable": int(users[lengths >= MIN_EVALUABLE].sum()),
+        "users_too_short_to_evaluate": int(users[lengths < MIN_EVALUABLE].sum()),
+        "length_percentiles": _percentiles(lengths, users),
         "num_items": catalogue.num_items,
-        "new_items": catalogue.num_items - (parent_dataset.num_items if parent_dataset else 0),
+        "new_items": catalogue.num_items - (parent.num_items if parent else 0),
         "catalogue_fingerprint": catalogue.fingerprint,
-        "time_range": [pc.min(items["first_seen"]).as_py(), pc.max(items["last_seen"]).as_py()],
+        "time_range": _time_range(merged),
+        "seconds": {"read": round(read_s, 3), "all": round(time.perf_counter() - started, 3)},
+        "prepared": "in one process" if small else "by Ray tasks",
     }
-    known = dict(
-        zip(
-            written["file"].to_pylist(),
-            ({"bytes": b, "sha256": s} for b, s in zip(written["bytes"].to_pylist(), written["sha256"].to_pylist(), strict=True)),
-            strict=True,
-        )
-    )
+    known = {"catalogue/part-00000.parquet": catalogue_entry}
+    known |= {report.file: report.entry for report in merged}
+    for part in parts:
+        known |= part.files
     storage.commit(url, description, known)
     return SequenceDataset(url), False
 
 
+def _inputs(
+    options: PrepareOptions, sources: list[Source], parent: SequenceDataset | None, base: SequenceDataset | None
+) -> dict[str, Any]:
+    """Everything that decides what the dataset holds; another preparation with the same finds it done."""
+    rules = options.rules
+    seen = base.manifest["inputs"]["sources"] if base else {}
+    if base:
+        shards = int(base.manifest["inputs"]["shards"])
+        if options.shards not in (0, shards):
+            raise ConfigError(
+                f"dataset.shards={options.shards}: the parent {base.url} has {shards}, and a merge keeps them; "
+                "set dataset.shards=0, or dataset.rebuild=true"
+            )
+    else:
+        shards = options.shards or max(LEAST_SHARDS, -(-sum(source.size for source in sources) // SHARD_BYTES))
+    return {
+        "columns": [rules.user_column, rules.item_column, rules.timestamp_column],
+        "timestamp_unit": rules.timestamp_unit,
+        "keep": list(rules.keep),
+        "window": [rules.since, rules.until],
+        "max_key_bytes": rules.max_key_bytes,
+        "drop_duplicates": options.drop_duplicates,
+        "max_user_events": options.max_user_events,
+        "deleted": {path: storage.file_sha256(path) for path in (options.deleted_users, options.deleted_items) if path},
+        "parent": parent.identity if parent else None,
+        "merged": base is not None,
+        "shards": shards,
+        "sources": {**seen, **{source.url: source.version for source in sources}},
+    }
+
+
+def _found(url: str, options: PrepareOptions, inputs: dict[str, Any]) -> SequenceDataset:
+    dataset = SequenceDataset(url, verify=True)
+    before = dataset.manifest["inputs"]
+    differing = sorted(name for name in inputs.keys() | before.keys() if before.get(name) != inputs.get(name))
+    if differing:
+        raise ConfigError(
+            f"dataset.dir={url}: holds a dataset prepared with other {', '.join(differing)}; choose another dataset.dir or run_dir, or delete it"
+        )
+    facts = dataset.manifest
+    _check_quality(options, facts["rows_read"], facts["rows_rejected"], facts["interactions"], None)
+    return dataset
+
+
+def _unseen(sources: list[Source], base: SequenceDataset, inputs: dict[str, Any]) -> list[Source]:
+    """The files that the parent has not read, after a look whether they may be merged with what it has."""
+    before = base.manifest["inputs"]
+    same = ("columns", "timestamp_unit", "keep", "window", "max_key_bytes", "drop_duplicates", "max_user_events")
+    differing = [name for name in same if before[name] != inputs[name]]
+    if differing:
+        raise ConfigError(
+            f"dataset.parent={base.url}: was prepared with other {', '.join(differing)}, so a merge would mix two kinds of "
+            "events; give the same settings, or set dataset.rebuild=true"
+        )
+    changed = [source.url for source in sources if before["sources"].get(source.url, source.version) != source.version]
+    if changed:
+        raise DataQualityError(
+            f"{changed[0]} changed after {base.url} was prepared from it ({len(changed):,} such files), and a merge cannot take "
+            "events back; set dataset.rebuild=true"
+        )
+    return [source for source in sources if source.url not in before["sources"]]
+
+
 def _remove_leftovers(url: str) -> None:
     """Delete what an interrupted preparation left, and refuse to touch anything else."""
-    foreign = [name for name in storage.list_files(url) if not name.startswith(("catalogue/", "sequences/"))]
+    foreign = [name for name in storage.list_files(url) if not name.startswith(("catalogue/", "sequences/", "quarantine/"))]
     if foreign:
         raise ConfigError(
             f"dataset.dir={url}: holds {foreign[0]}, which no preparation wrote; give an empty directory or a new one"
@@ -126,100 +231,107 @@ def _remove_leftovers(url: str) -> None:
     storage.remove_tree(url)
 
 
-def _check_quality(log_path: str, interactions: int, rejected: dict[str, int], max_rejected_share: float) -> None:
-    total = interactions + sum(rejected.values())
-    if total == 0:
-        raise DataQualityError(f"log.path={log_path}: the log is empty; there is nothing to train on")
-    share = sum(rejected.values()) / total
-    if share > max_rejected_share or interactions == 0:
-        reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(rejected.items(), key=lambda pair: -pair[1]))
+def _check_quality(
+    options: PrepareOptions, rows_read: int, rejected: dict[str, int], events: int, base: SequenceDataset | None
+) -> None:
+    if rows_read == 0 and base is None:
+        raise DataQualityError(f"log.path={options.log_path}: the log is empty; there is nothing to train on")
+    share = sum(rejected.values()) / max(1, rows_read)
+    if share > options.max_rejected_share or (events == 0 and base is None):
+        reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(rejected.items(), key=lambda pair: -pair[1])[:5])
         raise DataQualityError(
-            f"log.max_rejected_share={max_rejected_share}: {share:.2%} of {total:,} rows are unusable ({reasons}); mend the log or raise the share"
+            f"log.max_rejected_share={options.max_rejected_share}: {share:.2%} of {rows_read:,} rows are unusable ({reasons}); "
+            "mend the log or raise the share"
+            if rejected
+            else f"log.path={options.log_path}: none of {rows_read:,} rows passes log.keep, log.since and log.until"
         )
 
 
-def write_sequences(events: ray.data.Dataset, url: str, catalogue_fingerprint: str, shards: int) -> pa.Table:
-    """Write `sequences/*.parquet` below `url` from events and the catalogue that lies there.
-
-    A user lies in shard hash(user_key) mod shards; events are ordered by (timestamp, item_id), so
-    the files depend on the events and not on the order in which they were read.
-
-    Returns:
-        A table (file, bytes, sha256, length, users): how many users of each file have each length.
-    """
-    assign = functools.partial(
-        _assign_ids_and_shards, catalogue_url=storage.join(url, "catalogue"), fingerprint=catalogue_fingerprint, shards=shards
-    )
-    keyed = events.map_batches(assign, batch_format="pyarrow", batch_size=None)
-    grouped = keyed.groupby("shard", num_partitions=shards).map_groups(
-        functools.partial(_write_shard, url=url), batch_format="pyarrow"
-    )
-    return pa.concat_tables(ray.get(grouped.to_arrow_refs()), promote_options="permissive").combine_chunks()
-
-
-@functools.lru_cache(maxsize=1)
-def _cached_catalogue(url: str, fingerprint: str) -> Catalogue:
-    """One catalogue per worker process; the fingerprint tells apart what was at `url` at two times."""
-    catalogue = load_catalogue(url)
-    if catalogue.fingerprint != fingerprint:
-        raise CatalogueError(
-            f"{url}: catalogue {catalogue.fingerprint}, expected {fingerprint}; is another job preparing this dataset?"
+def _catalogue_of(parts: list[PartReport], parent: Catalogue | None) -> tuple[Catalogue, list[np.ndarray]]:
+    """The catalogue, and for each part the item_id (int32) of each of its codes."""
+    _one_type("item", [str(part.items["item_key"].type) if part.items.num_rows else None for part in parts], None)
+    tables = [part.items for part in parts if part.items.num_rows]
+    if tables:
+        items = (
+            pa.concat_tables(tables)
+            .group_by("item_key", use_threads=False)
+            .aggregate([("count", "sum"), ("first_seen", "min"), ("last_seen", "max")])
+            .rename_columns(["item_key", "count", "first_seen", "last_seen"])
         )
-    return catalogue
+        catalogue = build_catalogue(items, parent)
+    else:
+        assert parent is not None, "a first night without events was refused before"
+        catalogue = parent
+    return catalogue, [catalogue.ids_of(part.items["item_key"]).astype(np.int32) for part in parts]
 
 
-def _assign_ids_and_shards(events: pa.Table, catalogue_url: str, fingerprint: str, shards: int) -> pa.Table:
-    usable = events.filter(events["reason"].is_null())
-    return pa.table(
-        {
-            "user_key": usable["user_key"],
-            "item_id": pa.array(_cached_catalogue(catalogue_url, fingerprint).ids_of(usable["item_key"])),
-            "timestamp": usable["timestamp"],
-            "shard": pa.array(shard_of(usable["user_key"], shards)),
-        }
-    )
+def _one_type(what: str, types: list[str | None], base: SequenceDataset | None) -> str:
+    """The type of all keys of a kind, those of the sequences to merge with included."""
+    known = {kind for kind in types if kind} | ({base.manifest["user_key_type"]} if base else set())
+    if len(known) > 1:
+        raise DataQualityError(
+            f"{what} keys are {' in some files and '.join(sorted(known))} in others"
+            + (f", {base.url} has {base.manifest['user_key_type']}" if base else "")
+            + "; store one type"
+        )
+    return next(iter(known), "")
 
 
-def shard_of(user_keys: pa.Array | pa.ChunkedArray, shards: int) -> np.ndarray:
-    """int32 shard of each user: a hash of the key that no library version changes, modulo shards."""
-    encoded = user_keys.dictionary_encode()
-    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    keys = (str(key).encode() for key in encoded.dictionary.to_pylist())
-    hashes = np.array(
-        [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % shards for key in keys], dtype=np.int32
-    )
-    return hashes[encoded.indices.to_numpy()]
+def _with_figures(catalogue: Catalogue, merged: list[ShardReport], deleted: np.ndarray | None) -> Catalogue:
+    """The catalogue with the counts and times of the interactions that are kept."""
+    size = catalogue.num_items + 1
+    counts = np.zeros(size, dtype=np.int64)
+    first, last = (catalogue.table[name].to_numpy() for name in ("first_seen", "last_seen"))
+    first, last = (np.concatenate([[0], values]) for values in (first, last))
+    found_first, found_last = np.full(size, np.iinfo(np.int64).max), np.full(size, np.iinfo(np.int64).min)
+    for report in merged:
+        ids = report.items["item_id"].to_numpy()
+        counts[ids] += report.items["count"].to_numpy()
+        found_first[ids] = np.minimum(found_first[ids], report.items["first_seen"].to_numpy())
+        found_last[ids] = np.maximum(found_last[ids], report.items["last_seen"].to_numpy())
+    occurs = counts > 0
+    first, last = np.where(occurs, found_first, first), np.where(occurs, found_last, last)
+    return catalogue.with_figures(counts[1:], first[1:], last[1:], deleted)
 
 
-def _write_shard(events: pa.Table, url: str) -> pa.Table:
-    """Write one shard's sequences and say what was written."""
-    if events.num_rows == 0:
-        return pa.table({"file": pa.array([], pa.string())})
-    encoded = events["user_key"].combine_chunks().dictionary_encode()
-    order_of_keys = pc.sort_indices(encoded.dictionary)
-    position = np.empty(len(order_of_keys), dtype=np.int64)
-    position[order_of_keys.to_numpy()] = np.arange(len(order_of_keys))
-    user = position[encoded.indices.to_numpy()]
-    item_ids, timestamps = events["item_id"].to_numpy(), events["timestamp"].to_numpy()
-    order = np.lexsort((item_ids, timestamps, user))
-    lengths = np.bincount(user, minlength=len(position))
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
-    table = pa.table(
-        {
-            "user_key": encoded.dictionary.take(order_of_keys),
-            "item_ids": pa.LargeListArray.from_arrays(offsets, pa.array(item_ids[order].astype(np.int32))),
-            "timestamps": pa.LargeListArray.from_arrays(offsets, pa.array(timestamps[order])),
-        }
-    )
-    name = f"sequences/part-{events['shard'][0].as_py():05d}.parquet"
-    entry = storage.write_table(storage.join(url, name), table)
-    length, users = np.unique(lengths, return_counts=True)
-    return pa.table(
-        {
-            "file": pa.array([name] * len(length), pa.string()),
-            "bytes": pa.array([entry["bytes"]] * len(length), pa.int64()),
-            "sha256": pa.array([entry["sha256"]] * len(length), pa.string()),
-            "length": pa.array(length.astype(np.int64)),
-            "users": pa.array(users.astype(np.int64)),
-        }
-    )
+def _keys_in(path: str) -> pa.Array | None:
+    """The keys in a text file, one a line."""
+    if not path:
+        return None
+    lines = (line.strip() for line in storage.read_bytes(path).decode().splitlines())
+    return pa.array([line for line in lines if line], pa.large_string())
+
+
+def _deleted_ids(path: str, catalogue: Catalogue) -> np.ndarray | None:
+    """Item ids deleted before or now."""
+    ids = catalogue.table.filter(pc.equal(catalogue.table["status"], DELETED))["item_id"].to_numpy()
+    keys = _keys_in(path)
+    if keys is not None:
+        found = catalogue.ids_of(as_keys(keys, catalogue.keys.type))
+        ids = np.union1d(ids, found[found > 0])
+    return ids if len(ids) else None
+
+
+def _summed(counts: Any) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(sorted(total.items()))
+
+
+def _percentiles(lengths: np.ndarray, users: np.ndarray) -> dict[str, int]:
+    """Interactions per user at some percentiles, from the histogram."""
+    order = np.argsort(lengths)
+    lengths, at_most = lengths[order], np.cumsum(users[order])
+    ranks = {p: max(1, -(-p * int(at_most[-1]) // 100)) for p in (0, 10, 50, 90, 99, 100)}
+    return {str(p): int(lengths[np.searchsorted(at_most, rank)]) for p, rank in ranks.items()}
+
+
+def _time_range(merged: list[ShardReport]) -> list[int]:
+    first = [pc.min(report.items["first_seen"]).as_py() for report in merged if report.items.num_rows]
+    last = [pc.max(report.items["last_seen"]).as_py() for report in merged if report.items.num_rows]
+    return [min(first), max(last)]
+
+
+def _bytes_of(dataset: SequenceDataset) -> int:
+    return sum(int(entry["bytes"]) for name, entry in dataset.manifest["files"].items() if name.startswith("sequences/"))

@@ -10,7 +10,7 @@ from lrurec_dist import storage
 from lrurec_dist.data.catalogue import Catalogue, load_catalogue
 from lrurec_dist.errors import CatalogueError, DataQualityError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MIN_EVALUABLE = 3  # leave-last-out needs one target for test, one for validation, one to train on
 
 

@@ -21,6 +21,7 @@ from lrurec_dist.evaluate.baselines import Popularity
 from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.evaluate.ranking import target_ranks
 from lrurec_dist.model.item_table import ItemTable
+from lrurec_dist.model.process import arrange_cpu
 
 
 class Encoder(Protocol):
@@ -165,6 +166,7 @@ class _ShardRanker:
     def __init__(
         self, url: str, load_model: Callable[[], Any], popularity: "list[ray.ObjectRef[np.ndarray]]", protocol: RankingProtocol
     ) -> None:
+        arrange_cpu()
         self._dataset = SequenceDataset(url)
         self._model = load_model()
         self._popularity = Popularity(torch.from_numpy(ray.get(popularity[0]).copy())).to(self._model.table.weight.device)

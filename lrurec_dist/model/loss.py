@@ -36,7 +36,8 @@ def softmax_loss(
         include_padding_class: count row `PAD_ID` as one more class, as the original does.
         target_weights: (targets,) factors of the targets' cross entropies; 1 when None.
         unit_rows: score with rows scaled to length 1, without a scaled copy of the table.
-        product_dtype: of the factors of every product, the vectors' own when None; sums are float32.
+        product_dtype: what the factors of a product may be rounded to, the vectors' own type when None; sums are
+            float32. On CPUs without bfloat16 matrix units (AMX), scores are faster, and stay, in float32.
         tile_elements: scores held at a time, about.
 
     Returns:
@@ -167,7 +168,7 @@ class _Items:
 
         With exp_sum, both (targets,) are first and in place brought to include this tile.
         """
-        scores = _product(self._rows(low, high), user.T, self.dtype)
+        scores = product(self._rows(low, high), user.T, self.dtype)
         if self.native:
             rounded = None if self.dtype == torch.float32 else torch.empty_like(scores, dtype=self.dtype)
             native.softmax_tile(scores, self.bias[low:high], highest, exp_sum, rounded)
@@ -207,8 +208,8 @@ class _Items:
             gradient *= self.inverse_norm[here, None]
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right with factors in `dtype` and sums and result in the factors' present type."""
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right with sums and result in the factors' type; these may be rounded to `dtype` where that is faster."""
     if dtype == left.dtype:
         return torch.mm(left, right)
     if left.is_cuda:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrurec_dist import PAD_ID
 from lrurec_dist.errors import LrurecError
-from lrurec_dist.model.loss import TILE_ELEMENTS, check_loss_inputs
+from lrurec_dist.model.loss import TILE_ELEMENTS, check_loss_inputs, product
 
 Distribution = Literal["counts", "log_uniform", "uniform"]
 
@@ -54,6 +54,7 @@ def sampled_softmax_loss(
     log_probability: Tensor,
     *,
     target_weights: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> tuple[Tensor, int]:
     """Sum of cross entropies of the targets against themselves and the negatives.
@@ -66,6 +67,7 @@ def sampled_softmax_loss(
         negatives: (negatives,) item ids drawn with replacement, shared by all targets.
         log_probability: (num_items + 1,) log of each item's chance in one draw.
         target_weights: (targets,) factors of the targets' cross entropies; 1 when None.
+        product_dtype: as in `softmax_loss`.
         tile_elements: scores held at a time, about.
 
     Returns:
@@ -85,6 +87,7 @@ def sampled_softmax_loss(
         raise LrurecError("negatives: a sampled softmax needs at least one")
     # log of the expected number of occurrences in the sample
     log_expected = log_probability + torch.log(torch.tensor(float(negatives.numel())))
+    dtype = product_dtype or vectors.dtype
     rows, row_bias = weight[negatives], bias[negatives] - log_expected[negatives].to(bias.dtype)
     target_scores = (vectors * weight[targets]).sum(1) + bias[targets]
     total = vectors.new_zeros(())
@@ -93,15 +96,45 @@ def sampled_softmax_loss(
         here = slice(begin, begin + step)
         # recomputed on the way back, so that one tile lives at a time
         each = torch.utils.checkpoint.checkpoint(
-            _cross_entropies, vectors[here], rows, row_bias, target_scores[here], targets[here], negatives, use_reentrant=False
+            _cross_entropies,
+            vectors[here],
+            rows,
+            row_bias,
+            target_scores[here],
+            targets[here],
+            negatives,
+            dtype,
+            use_reentrant=False,
         )
         total = total + (each if target_weights is None else each * target_weights[here]).sum()
     return total, targets.numel()
 
 
 def _cross_entropies(
-    vectors: Tensor, rows: Tensor, row_bias: Tensor, target_scores: Tensor, targets: Tensor, negatives: Tensor
+    vectors: Tensor,
+    rows: Tensor,
+    row_bias: Tensor,
+    target_scores: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    product_dtype: torch.dtype,
 ) -> Tensor:
     """(targets,) log of the sum over target and negatives of exp(score), minus the target's score."""
-    scores = torch.addmm(row_bias, vectors, rows.T).masked_fill(targets[:, None] == negatives, -torch.inf)
+    scores: Tensor = _Scores.apply(vectors, rows, product_dtype)
+    scores = (scores + row_bias).masked_fill(targets[:, None] == negatives, -torch.inf)
     return torch.logaddexp(torch.logsumexp(scores, 1), target_scores) - target_scores
+
+
+class _Scores(torch.autograd.Function):
+    """vectors @ rows.T by `product`, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, vectors, rows, dtype):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(vectors, rows)
+        ctx.dtype = dtype
+        return product(vectors, rows.T, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        vectors, rows = ctx.saved_tensors
+        return product(grad, rows, ctx.dtype), product(grad.T, vectors, ctx.dtype), None

@@ -14,10 +14,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from lrurec_dist import storage
 from lrurec_dist.config import Config
-from lrurec_dist.config_io import from_dict, to_dict
+from lrurec_dist.config_file import from_dict, to_dict
 from lrurec_dist.errors import LrurecError
+from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.reporting import METRICS, MetricsFile
-from lrurec_dist.train.process import keep_freed_memory
 
 
 def use_cuda(device: str) -> bool:
@@ -85,6 +85,6 @@ def _worker_entry(arguments: dict[str, Any]) -> None:
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_workers = ray.train.get_context().get_local_world_size()
-        keep_freed_memory()
+        arrange_cpu()
         torch.set_num_threads(config.train.threads_per_worker or max(1, cores // local_workers))
     train(config, device, ray.train.report)

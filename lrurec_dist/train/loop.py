@@ -12,7 +12,7 @@ import torch
 
 from lrurec_dist import collectives, storage
 from lrurec_dist.config import Config
-from lrurec_dist.data.batches import TrainingBatch, data_order, read_for_training
+from lrurec_dist.data.batches import TrainingBatch, read_for_training
 from lrurec_dist.data.feed import iter_training_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DivergenceError, LrurecError
@@ -24,6 +24,7 @@ from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from lrurec_dist.train.engine import Engine
+from lrurec_dist.train.order import data_order
 
 
 def train(config: Config, device: torch.device, report: Callable[[dict[str, float]], None]) -> str:
@@ -172,7 +173,8 @@ class _Worker:
         # one sample for all ranks, so that the loss does not depend on how many there are
         negatives = self.sampler.draw(options.negatives, hash((self.config.seed, self.progress.step)) % 2**63)
         log_probability = self.sampler.log_probability
-        return sampled_softmax_loss(vectors, model.item_rows(), model.table.bias, targets, negatives, log_probability)
+        rows, bias = model.item_rows(), model.table.bias
+        return sampled_softmax_loss(vectors, rows, bias, targets, negatives, log_probability, product_dtype=self.product_dtype)
 
     def _sampler(self) -> NegativeSampler:
         """Counts what trains, each rank its own shards: the catalogue's counts know the held-out interactions too."""

@@ -1,131 +1,39 @@
+"""From a log to a dataset, by both ways of preparing it."""
+
 import contextlib
 import functools
-import gzip
-import hashlib
 import http.server
 import os
 import shutil
 import threading
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lrurec_dist import storage
-from lrurec_dist.data.catalogue import build_catalogue, save_catalogue
-from lrurec_dist.data.prepare import _assign_ids_and_shards, prepare_dataset, shard_of
 from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data.shards import shard_of
 from lrurec_dist.errors import CatalogueError, ConfigError, DataQualityError, IntegrityError, LrurecError
+from tests.dirty_log import (
+    CLEAN,
+    DIRTY,
+    OPTIONS,
+    REASONS,
+    expected_keys,
+    expected_sequences,
+    kept_files,
+    prepare,
+    sequences_of,
+    write_csv,
+    write_parquet,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-Row = tuple[Any, Any, Any]  # user, item, time
-
-OPTIONS = {
-    "log_format": "auto",
-    "user_column": "user",
-    "item_column": "item",
-    "timestamp_column": "time",
-    "timestamp_unit": "s",
-    "max_rejected_share": 0.06,  # exactly what DIRTY is of DIRTY + CLEAN
-    "shards": 3,
-}
-
-
-def make_clean() -> list[Row]:
-    """94 events of 11 users: many at the same time, one repeated, a user with one event and one with two."""
-    draw = np.random.default_rng(11)
-    columns = (draw.integers(*bounds, 89).tolist() for bounds in ((1, 10), (1, 25), (0, 12)))
-    return [*zip(*columns, strict=True), (100, 3, 5), (101, 4, 9), (101, 3, 9), (1, 1, 0), (1, 1, 0)]
-
-
-CLEAN = make_clean()
-DIRTY: list[Row] = [(None, 99, 3), (None, None, None), (1, None, 3), (2, 5, None), (2, 5, 2**62), (3, 98, 2**62)]
-REASONS = {"null_user_key": 2, "null_item_key": 1, "null_timestamp": 1, "unparsable_timestamp": 2}
-
-
-def write_parquet(directory: Path, rows: list[Row], files: int = 1, seed: int = 0) -> str:
-    """The rows, shuffled over some files."""
-    directory.mkdir()
-    order = np.random.default_rng(seed).permutation(len(rows))
-    for file in range(files):
-        part = [rows[row] for row in order[file::files]]
-        columns = {name: pa.array([row[at] for row in part], pa.int64()) for at, name in enumerate(("user", "item", "time"))}
-        pq.write_table(pa.table(columns), directory / f"part-{file}.parquet")
-    return str(directory)
-
-
-def write_csv(directory: Path, rows: list[Row]) -> str:
-    """The rows with keys as text with leading zeros, in a plain and a compressed file, columns in another order."""
-    directory.mkdir()
-
-    def text_of(part: list[Row]) -> str:
-        lines = ["time,price,item,user"]
-        for user, item, time in part:
-            user, item = ("" if key is None else f"{key:03d}" for key in (user, item))
-            lines.append(f"{'' if time is None else 'soon' if time == 2**62 else time},9.99,{item},{user}")
-        return "\n".join([*lines, ""])
-
-    (directory / "a.csv").write_text(text_of(rows[::2]))
-    (directory / "b.csv.gz").write_bytes(gzip.compress(text_of(rows[1::2]).encode()))
-    return str(directory)
-
-
-def prepare(url: Path | str, log_path: Path | str, **changes: Any) -> tuple[SequenceDataset, bool]:
-    return prepare_dataset(str(url), log_path=str(log_path), **OPTIONS | changes)
-
-
-def expected_keys(rows: list[Row]) -> list[Any]:
-    """Item keys in the order of their ids: by first time, then by key."""
-    first_seen: dict[Any, int] = {}
-    for _, item, time in rows:
-        first_seen[item] = min(time, first_seen.get(item, time))
-    return sorted(first_seen, key=lambda item: (first_seen[item], item))
-
-
-def expected_sequences(rows: list[Row]) -> dict[Any, list[Any]]:
-    """Item keys per user, by time, then by item id."""
-    ids = {key: index for index, key in enumerate(expected_keys(rows), start=1)}
-    sequences = defaultdict(list)
-    for user, item, _ in sorted(rows, key=lambda row: (row[2], ids[row[1]])):
-        sequences[user].append(item)
-    return dict(sequences)
-
-
-def sequences_of(dataset: SequenceDataset) -> dict[Any, list[Any]]:
-    """Item keys per user, as stored; a user who is in two places is an error."""
-    sequences = {}
-    for name in dataset.shard_names:
-        shard = dataset.read_shard(name)
-        for user, begin, end in zip(shard.user_keys.to_pylist(), shard.offsets, shard.offsets[1:], strict=False):
-            assert user not in sequences
-            sequences[user] = dataset.catalogue.keys_of(shard.item_ids[begin:end])
-    return sequences
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("module")
-
-
-@pytest.fixture(scope="module")
-def log(place: Path) -> str:
-    """The dirty log as three Parquet files behind a glob, beside a file that is none."""
-    write_parquet(place / "log", CLEAN + DIRTY, files=3)
-    (place / "log" / "_SUCCESS").touch()
-    return f"{place}/log/*.parquet"
-
-
-@pytest.fixture(scope="module")
-def dataset(place: Path, log: str) -> SequenceDataset:
-    """The dirty log, prepared in three shards."""
-    prepared, was_there = prepare(place / "dataset", log)
-    assert not was_there
-    return prepared
 
 
 @pytest.fixture
@@ -182,16 +90,17 @@ def test_counts_and_times_of_items_are_those_of_the_usable_rows(dataset):
 
 
 @pytest.mark.parametrize(("shards", "files"), [(1, 1), (8, 4), (3, 5)])
-def test_sequences_and_ids_do_not_depend_on_shards_files_or_the_order_of_rows(dataset, tmp_path, shards, files):
+def test_sequences_and_ids_do_not_depend_on_shards_files_order_or_tasks(dataset, tmp_path, by, shards, files):
     other, _ = prepare(tmp_path / "dataset", write_parquet(tmp_path / "log", CLEAN + DIRTY, files, seed=files), shards=shards)
     assert sequences_of(other) == expected_sequences(CLEAN)
     assert other.catalogue.fingerprint == dataset.catalogue.fingerprint
     assert other.manifest["rows_rejected"] == REASONS
+    assert other.manifest["prepared"] == by
     for name in other.shard_names:
         users = other.read_shard(name).user_keys
-        assert {f"sequences/part-{shard:05d}.parquet" for shard in shard_of(users, shards)} == {name}
-    if shards == OPTIONS["shards"]:
-        assert other.manifest["files"] == dataset.manifest["files"]  # to the byte
+        assert {f"sequences/part-{shard:05d}.parquet" for shard in shard_of(users, shards)} <= {name}
+    if shards == OPTIONS.shards:
+        assert kept_files(other) == kept_files(dataset)  # to the byte
 
 
 def test_csv_keys_stay_the_text_they_are(tmp_path):
@@ -199,7 +108,8 @@ def test_csv_keys_stay_the_text_they_are(tmp_path):
     as_text = [(f"{user:03d}", f"{item:03d}", time) for user, item, time in CLEAN]
     assert "007" in sequences_of(prepared)
     assert sequences_of(prepared) == expected_sequences(as_text)
-    assert prepared.manifest["rows_rejected"] == REASONS
+    as_read = REASONS | {"unparsable_timestamp": REASONS["out_of_range_timestamp"]}
+    assert prepared.manifest["rows_rejected"] == {name: n for name, n in as_read.items() if not name.startswith("out")}
 
 
 def test_a_second_call_finds_the_dataset_and_leaves_it_alone(dataset, log):
@@ -216,7 +126,7 @@ def test_a_second_call_finds_the_dataset_and_leaves_it_alone(dataset, log):
         ({"shards": 4}, "shards"),
         ({"timestamp_unit": "ms"}, "timestamp_unit"),
         ({"user_column": "item", "item_column": "user"}, "columns"),
-        ({"log_format": "csv", "shards": 4}, "format, shards"),
+        ({"keep": ("item > 3",), "shards": 4}, "keep, shards"),
     ],
 )
 def test_a_dataset_prepared_in_another_way_is_not_reused_or_replaced(dataset, log, changes, named):
@@ -253,7 +163,7 @@ def test_a_dataset_of_another_schema_or_catalogue_is_not_opened(copy):
     with pytest.raises(CatalogueError, match="but the manifest names 0000000000000000"):
         _ = SequenceDataset(str(copy)).catalogue
     storage.write_json(f"{copy}/{storage.MANIFEST}", manifest | {"schema_version": 0})
-    with pytest.raises(DataQualityError, match=r"schema_version=0, this code reads 1; prepare it again"):
+    with pytest.raises(DataQualityError, match=r"schema_version=0, this code reads 2; prepare it again"):
         SequenceDataset(str(copy))
 
 
@@ -265,19 +175,8 @@ def test_an_interrupted_preparation_is_redone_cleanly(copy, log, dataset):
     (copy / "catalogue" / "part-00009.parquet").write_bytes(b"stray")
     redone, was_there = prepare(copy, log)
     assert not was_there
-    assert redone.manifest == dataset.manifest
+    assert redone.manifest["files"] == dataset.manifest["files"]
     assert SequenceDataset(str(copy), verify=True).shard_names == dataset.shard_names
-
-
-def test_a_task_does_not_remember_the_catalogue_that_lay_here_before(tmp_path):
-    keys = pa.array(["a", "b"], pa.large_string())
-    events = pa.table({"user_key": keys, "item_key": keys, "timestamp": [0, 0], "reason": pa.nulls(2)})
-    for first_seen in ([1, 2], [2, 1]):
-        catalogue = build_catalogue(pa.table({"item_key": keys, "count": [1, 1], "first_seen": first_seen, "last_seen": [2, 2]}))
-        save_catalogue(catalogue, str(tmp_path))
-        assert _assign_ids_and_shards(events, str(tmp_path), catalogue.fingerprint, 1)["item_id"].to_pylist() == first_seen
-    with pytest.raises(CatalogueError, match="expected 0000"):
-        _assign_ids_and_shards(events, str(tmp_path), "0000", 1)
 
 
 def test_preparation_never_deletes_the_log(tmp_path):
@@ -332,8 +231,9 @@ def test_an_empty_log_is_an_error(tmp_path, kind):
         prepare(tmp_path / "dataset", path)
 
 
-@pytest.mark.parametrize("values", [["10"], [1.5]], ids=["text", "float"])
-@pytest.mark.parametrize("column", ["user", "item", "time"])
+@pytest.mark.parametrize(
+    ("column", "values"), [("user", ["10"]), ("item", ["10"]), ("user", [1.5]), ("item", [1.5]), ("time", [1.5])]
+)
 def test_a_later_file_with_a_column_of_another_type_is_a_data_error(tmp_path, column, values):
     log = write_parquet(tmp_path / "log", CLEAN)
     pq.write_table(pa.table({"user": [1], "item": [1], "time": [1]} | {column: values}), f"{log}/part-1.parquet")
@@ -356,27 +256,48 @@ def test_a_later_file_that_lacks_a_column_or_cannot_be_read_is_a_data_error(tmp_
             prepare(tmp_path / "dataset", tmp_path / "log")
 
 
-def test_a_dataset_with_a_parent_keeps_the_ids_of_the_parent_and_appends_new_items(dataset, tmp_path):
-    later = [(1, 500, -5), (1, 3, 20), (7, 400, 21), (7, 4, 22), (7, 4, 23)]
-    log = write_parquet(tmp_path / "log", later)
-    child, _ = prepare(tmp_path / "child", log, parent=dataset.url)
-    assert child.catalogue.keys.to_pylist() == [*expected_keys(CLEAN), 500, 400]
-    assert child.manifest["new_items"] == 2
-    assert sequences_of(child) == expected_sequences(later)
-    assert prepare(tmp_path / "child", log, parent=dataset.url)[1]
-    with pytest.raises(ConfigError, match="prepared with other parent_catalogue"):
-        prepare(tmp_path / "child", log)
+def test_what_is_quarantined_can_be_mended_and_read_again(dataset):
+    quarantined = pq.read_table(f"{dataset.url}/quarantine")
+    assert sorted(quarantined["_reason"].to_pylist()) == sorted(reason for reason, n in REASONS.items() for _ in range(n))
+    rows = list(zip(*(quarantined[name].to_pylist() for name in ("user", "item", "time")), strict=True))
+    assert sorted(rows, key=str) == sorted(DIRTY, key=str)
+    for row, source, number in zip(rows, quarantined["_source"].to_pylist(), quarantined["_row"].to_pylist(), strict=True):
+        there = pq.read_table(source).slice(number, 1).to_pylist()[0]
+        assert (there["user"], there["item"], there["time"]) == row
 
 
-@pytest.mark.parametrize("shards", [1, 3, 8, 1000])
-@pytest.mark.parametrize("keys", [["a", "é", "a", ""], [1, -5, 1, 2**63 - 1]], ids=["strings", "integers"])
-def test_a_shard_is_a_hash_of_the_key_that_everyone_can_compute(keys, shards):
-    expected = [int.from_bytes(hashlib.blake2b(str(key).encode(), digest_size=8).digest(), "little") % shards for key in keys]
-    assert shard_of(pa.array(keys), shards).tolist() == expected
-    assert shard_of(pa.chunked_array([keys[:1], keys[1:]]), shards).tolist() == expected
-    assert shard_of(pa.array(keys[2:]), shards).tolist() == expected[2:]
+def test_a_log_none_of_whose_rows_is_wanted_is_an_error(tmp_path):
+    with pytest.raises(DataQualityError, match=r"none of 94 rows passes log\.keep"):
+        prepare(tmp_path / "dataset", write_parquet(tmp_path / "log", CLEAN), keep=("item > 1000",))
 
 
-def test_users_spread_evenly_over_shards():
-    users = np.bincount(shard_of(pa.array([f"user-{index}" for index in range(8_000)]), 8), minlength=8)
-    assert users.min() > 850  # 1,000 each; five standard deviations are 148
+@settings(deadline=None, max_examples=15)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.one_of(st.none(), st.integers(1, 6)),
+            st.one_of(st.none(), st.integers(1, 8)),
+            st.one_of(st.none(), st.integers(0, 5), st.just(2**62)),
+        ),
+        min_size=1,
+        max_size=60,
+    ),
+    files=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_every_row_read_is_kept_quarantined_filtered_or_dropped(tmp_path_factory, rows, files, seed):
+    folder = tmp_path_factory.mktemp("dirty")
+    log = write_parquet(folder / "log", [*rows, (1, 1, 1)], files, seed)
+    options = {"max_rejected_share": 1.0, "keep": ("item < 7",), "until": 4_000_000, "drop_duplicates": True}
+    dataset, _ = prepare(folder / "dataset", log, **options)
+    facts = dataset.manifest
+    assert facts["rows_read"] == len(rows) + 1
+    assert facts["rows_read"] == facts["interactions"] + sum(
+        sum(facts[name].values()) for name in ("rows_rejected", "rows_filtered", "events_dropped")
+    )
+    wanted = {row for row in [*rows, (1, 1, 1)] if None not in row and row[1] < 7 and row[2] < 4}
+    assert facts["interactions"] == len(wanted)
+    quarantined = storage.list_files(f"{dataset.url}/quarantine")
+    assert sum(pq.read_table(f"{dataset.url}/quarantine/{name}").num_rows for name in quarantined) == sum(
+        facts["rows_rejected"].values()
+    )

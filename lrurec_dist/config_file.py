@@ -1,4 +1,4 @@
-"""Configurations from YAML that states the differences and `key=value` overrides, and as plain values."""
+"""Configurations from YAML files with `key=value` on top, and back; every mistake is named."""
 
 import dataclasses
 import difflib
@@ -11,6 +11,28 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.errors import ConfigError, DataNotReadyError
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with local paths made absolute: workers have another working directory."""
+
+    def resolved(url: str) -> str:
+        return storage.absolute(url) if url else url
+
+    log_path = ",".join(resolved(part.strip()) for part in config.log.path.split(","))
+    return dataclasses.replace(
+        config,
+        run_dir=resolved(config.run_dir),
+        log=dataclasses.replace(config.log, path=log_path),
+        dataset=dataclasses.replace(
+            config.dataset,
+            dir=resolved(config.dataset.dir),
+            parent=resolved(config.dataset.parent),
+            deleted_users=resolved(config.dataset.deleted_users),
+            deleted_items=resolved(config.dataset.deleted_items),
+        ),
+        bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
+    )
 
 
 def load_config(path: str | None = None, overrides: list[str] | None = None) -> Config:

@@ -1,0 +1,71 @@
+"""The first stage of a night: the log becomes a dataset, and a table says what became of its rows."""
+
+from dataclasses import asdict
+
+from lrurec_dist import storage
+from lrurec_dist.config import Config
+from lrurec_dist.data.events import EventRules, parse_time
+from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
+from lrurec_dist.data.synthetic import write_synthetic_log
+from lrurec_dist.ray_session import RaySession
+from lrurec_dist.reporting import Status, format_table, now_and_then, say
+
+
+def prepare(config: Config, status: Status, session: RaySession) -> None:
+    """Prepare the dataset of a run, or find it prepared, and commit the stage."""
+    log = config.log
+    path = log.path or write_synthetic_log(storage.join(config.run_dir, "log"), **asdict(config.synthetic))
+    say(f"prepare: reading {path}")
+    synthetic = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp", "timestamp_unit": "s"}
+    columns = {name: getattr(log, name) for name in synthetic} if log.path else synthetic
+    unit = columns["timestamp_unit"]
+    rules = EventRules(
+        keep=tuple(log.keep),
+        since=parse_time(log.since, unit, "log.since"),
+        until=parse_time(log.until, unit, "log.until"),
+        max_key_bytes=log.max_key_bytes,
+        **columns,
+    )
+    options = PrepareOptions(
+        log_path=path,
+        log_format=log.format,
+        partition_column=log.partition_column,
+        from_partition=log.from_partition,
+        to_partition=log.to_partition,
+        rules=rules,
+        max_rejected_share=log.max_rejected_share,
+        drop_duplicates=log.duplicates == "drop",
+        max_user_events=log.max_user_events,
+        shards=config.dataset.shards,
+        parent=config.dataset.parent,
+        rebuild=config.dataset.rebuild,
+        deleted_users=config.dataset.deleted_users,
+        deleted_items=config.dataset.deleted_items,
+    )
+    dataset, was_there = prepare_dataset(config.dataset_url, options, now_and_then("prepare"), session.connect)
+    facts = dataset.manifest
+    if was_there:
+        say(f"prepare: skipped, {config.dataset_url} holds this log's dataset")
+    rows = [
+        ["rows read", facts["rows_read"]],
+        *([f"rejected: {reason}", count] for reason, count in facts["rows_rejected"].items()),
+        *([f"filtered, {reason}", count] for reason, count in facts["rows_filtered"].items()),
+        *([f"dropped, {reason}", count] for reason, count in facts["events_dropped"].items()),
+        *([["interactions of the parent", facts["interactions_of_parent"]]] if facts["interactions_of_parent"] else []),
+        ["interactions", facts["interactions"]],
+        ["users", facts["users"]],
+        ["users too short to evaluate (train only)", facts["users_too_short_to_evaluate"]],
+        ["items", facts["num_items"]],
+        ["new items", facts["new_items"]],
+        *([f"length, percentile {p}", facts["length_percentiles"][p]] for p in ("50", "90", "99", "100")),
+    ]
+    say(format_table(["dataset", "count"], rows))
+    for note in facts["schema_notes"]:
+        say(f"prepare: {note}")
+    if not was_there:
+        seconds = facts["seconds"]
+        say(
+            f"prepare: {facts['rows_read'] / seconds['all']:,.0f} rows/s {facts['prepared']}, reading {seconds['read']:.1f} s "
+            f"of {seconds['all']:.1f} s, {config.dataset_url}"
+        )
+    status.commit("prepare", storage.fingerprint(facts["inputs"]), {"dataset": config.dataset_url})
