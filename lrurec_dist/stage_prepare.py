@@ -65,7 +65,7 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
     if not was_there:
         seconds = facts["seconds"]
         say(
-            f"prepare: {facts['rows_read'] / seconds['all']:,.0f} rows/s {facts['prepared']}, reading {seconds['read']:.1f} s "
+            f"prepare: {facts['rows_read'] / max(seconds['all'], 1e-9):,.0f} rows/s {facts['prepared']}, reading {seconds['read']:.1f} s "
             f"of {seconds['all']:.1f} s, {config.dataset_url}"
         )
     status.commit("prepare", storage.fingerprint(facts["inputs"]), {"dataset": config.dataset_url})

@@ -1,6 +1,7 @@
 """Shared fixtures. Ray is started once per module that asks for it: starting it costs seconds."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +57,9 @@ def dataset(place: Path, log: str) -> SequenceDataset:
     prepared, was_there = prepare(place / "dataset", log)
     assert not was_there
     return prepared
+
+
+@pytest.fixture
+def copy(dataset: SequenceDataset, tmp_path: Path) -> Path:
+    """The prepared dataset at a place of the test's own."""
+    return Path(shutil.copytree(dataset.url, tmp_path / "copy"))

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lrurec_dist.errors import ConfigError, DataQualityError
+from lrurec_dist import storage
+from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.errors import ConfigError, DataQualityError, IntegrityError
 from tests.dirty_log import CLEAN, expected_keys, expected_sequences, kept_files, prepare, sequences_of, write_csv, write_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -76,10 +78,29 @@ def test_without_late_events_nights_give_the_ids_of_a_rebuild_from_nothing(tmp_p
     assert kept_files(merged) == kept_files(rebuilt)
 
 
-def test_a_night_without_new_files_changes_nothing_but_says_so(dataset, log, tmp_path):
-    merged, _ = prepare(tmp_path / "night", log, parent=dataset.url)
-    assert (merged.manifest["rows_read"], merged.manifest["interactions_of_parent"]) == (0, len(CLEAN))
-    assert kept_files(merged) == kept_files(dataset)
+def test_a_night_without_new_files_costs_a_manifest_and_says_so(dataset, log, tmp_path):
+    url = dataset.url
+    for night in ("first", "second"):
+        quiet, _ = prepare(tmp_path / night, log, parent=url)
+        assert (quiet.manifest["rows_read"], quiet.manifest["interactions_of_parent"]) == (0, len(CLEAN))
+        assert storage.list_files(quiet.url) == [storage.MANIFEST]
+        assert quiet.place == dataset.url
+        assert sequences_of(quiet) == sequences_of(dataset)
+        assert quiet.identity == dataset.identity
+        assert prepare(tmp_path / night, log, parent=url)[1], "found, as any other"
+        url = quiet.url
+    later, _ = prepare(tmp_path / "later", f"{log},{write_parquet(tmp_path / 'more', [(1, 3, 51)])}", parent=url)
+    assert later.manifest["interactions"] == len(CLEAN) + 1
+    assert later.manifest["rows_read"] == 1
+
+
+def test_a_quiet_night_whose_content_was_replaced_is_found_out(copy, log, tmp_path):
+    prepare(tmp_path / "quiet", log, parent=str(copy))
+    manifest = storage.read_json(f"{copy}/{storage.MANIFEST}")
+    manifest["files"].popitem()
+    storage.write_json(f"{copy}/{storage.MANIFEST}", manifest)
+    with pytest.raises(IntegrityError, match="that was replaced; prepare it again"):
+        SequenceDataset(str(tmp_path / "quiet"))
 
 
 def test_users_and_items_asked_to_be_forgotten_are_gone_and_their_ids_stay(dataset, log, tmp_path):

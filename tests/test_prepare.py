@@ -36,12 +36,6 @@ from tests.dirty_log import (
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@pytest.fixture
-def copy(dataset: SequenceDataset, tmp_path: Path) -> Path:
-    """The prepared dataset at a place of the test's own."""
-    return Path(shutil.copytree(dataset.url, tmp_path / "copy"))
-
-
 def test_sequences_are_ordered_by_time_then_item_id(dataset):
     assert len({row[:1] + row[2:] for row in CLEAN}) < len(CLEAN)  # there are ties
     assert sequences_of(dataset) == expected_sequences(CLEAN)

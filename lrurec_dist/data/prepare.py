@@ -20,7 +20,7 @@ from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport
 from lrurec_dist.data.sources import Source, read_units, resolve_sources
 from lrurec_dist.errors import ConfigError, DataQualityError
 
-LOCAL_BYTES = 2 << 30  # a night whose files are smaller is prepared in one process
+LOCAL_BYTES = 512 << 20  # a night whose files are smaller is prepared in one process, in about six times their size
 UNIT_BYTES = 64 << 20  # of files, read by one task
 SHARD_BYTES = 64 << 20  # of files a shard, where the number of shards is not given
 LEAST_SHARDS = 8
@@ -87,6 +87,8 @@ def prepare_dataset(
     started = time.perf_counter()
     fresh = sources if base is None else _unseen(sources, base, inputs)
     shards = inputs["shards"]
+    if base is not None and not fresh and not inputs["deleted"]:
+        return _unchanged(url, base, inputs), False
     notes = inspect_schemas(fresh, options.rules) if fresh else []
     units = read_units(fresh, UNIT_BYTES)
     small = sum(unit.size for unit in units) + (_bytes_of(base) if base else 0) <= LOCAL_BYTES
@@ -101,7 +103,7 @@ def prepare_dataset(
     read_s = time.perf_counter() - started
     rejected = _summed(part.rejected for part in parts)
     rows_read = sum(part.rows_read for part in parts)
-    _check_quality(options, rows_read, rejected, sum(part.events for part in parts), base)
+    _check_quality(options, rows_read, rejected, sum(part.events for part in parts), merged=base is not None)
 
     user_type = _one_type("user", [part.user_type for part in parts], base)
     catalogue, ids = _catalogue_of(parts, parent.catalogue if parent else None)
@@ -112,7 +114,7 @@ def prepare_dataset(
         deleted_items=_deleted_ids(options.deleted_items, catalogue),
     )
     merged: list[ShardReport] = []
-    for report in passes.merge(ids, shards, base.url if base else None, merge_rules, url):
+    for report in passes.merge(ids, shards, base.place if base else None, merge_rules, url):
         merged.append(report)
         progress(f"merged {len(merged):,} of {shards:,} shards")
     catalogue = _with_figures(catalogue, merged, merge_rules.deleted_items)
@@ -198,7 +200,7 @@ def _found(url: str, options: PrepareOptions, inputs: dict[str, Any]) -> Sequenc
             f"dataset.dir={url}: holds a dataset prepared with other {', '.join(differing)}; choose another dataset.dir or run_dir, or delete it"
         )
     facts = dataset.manifest
-    _check_quality(options, facts["rows_read"], facts["rows_rejected"], facts["interactions"], None)
+    _check_quality(options, facts["rows_read"], facts["rows_rejected"], facts["interactions"], merged=facts["inputs"]["merged"])
     return dataset
 
 
@@ -221,6 +223,24 @@ def _unseen(sources: list[Source], base: SequenceDataset, inputs: dict[str, Any]
     return [source for source in sources if source.url not in before["sources"]]
 
 
+def _unchanged(url: str, base: SequenceDataset, inputs: dict[str, Any]) -> SequenceDataset:
+    """Commit a dataset that has nothing of its own, at the cost of a manifest."""
+    nothing_new = {
+        "rows_read": 0,
+        "rows_rejected": {},
+        "rows_filtered": {},
+        "events_dropped": {},
+        "new_items": 0,
+        "schema_notes": [],
+    }
+    description = {name: value for name, value in base.manifest.items() if name != "files"} | nothing_new
+    same = {"same_as": base.place, "same_as_identity": base.identity, "interactions_of_parent": base.manifest["interactions"]}
+    storage.commit(
+        url, {**description, **same, "inputs": inputs, "seconds": {"read": 0.0, "all": 0.0}, "prepared": "from its parent"}
+    )
+    return SequenceDataset(url)
+
+
 def _remove_leftovers(url: str) -> None:
     """Delete what an interrupted preparation left, and refuse to touch anything else."""
     foreign = [name for name in storage.list_files(url) if not name.startswith(("catalogue/", "sequences/", "quarantine/"))]
@@ -231,13 +251,11 @@ def _remove_leftovers(url: str) -> None:
     storage.remove_tree(url)
 
 
-def _check_quality(
-    options: PrepareOptions, rows_read: int, rejected: dict[str, int], events: int, base: SequenceDataset | None
-) -> None:
-    if rows_read == 0 and base is None:
+def _check_quality(options: PrepareOptions, rows_read: int, rejected: dict[str, int], events: int, *, merged: bool) -> None:
+    if rows_read == 0 and not merged:
         raise DataQualityError(f"log.path={options.log_path}: the log is empty; there is nothing to train on")
     share = sum(rejected.values()) / max(1, rows_read)
-    if share > options.max_rejected_share or (events == 0 and base is None):
+    if share > options.max_rejected_share or (events == 0 and not merged):
         reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(rejected.items(), key=lambda pair: -pair[1])[:5])
         raise DataQualityError(
             f"log.max_rejected_share={options.max_rejected_share}: {share:.2%} of {rows_read:,} rows are unusable ({reasons}); "

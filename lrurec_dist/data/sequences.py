@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from lrurec_dist import storage
 from lrurec_dist.data.catalogue import Catalogue, load_catalogue
-from lrurec_dist.errors import CatalogueError, DataQualityError
+from lrurec_dist.errors import CatalogueError, DataQualityError, IntegrityError
 
 SCHEMA_VERSION = 2
 MIN_EVALUABLE = 3  # leave-last-out needs one target for test, one for validation, one to train on
@@ -35,11 +35,21 @@ class SequenceShard:
 
 
 class SequenceDataset:
-    """A committed dataset, opened for reading; every file is verified at opening unless told otherwise."""
+    """A committed dataset, opened for reading.
+
+    One that a night without news left has no files of its own: it names the dataset that has them.
+    """
 
     def __init__(self, url: str, *, verify: bool = False) -> None:
         self.url = url
+        self.place = url  # where its files lie
         self.manifest = storage.read_manifest(url, verify=verify)
+        if "same_as" in self.manifest:
+            self.place = self.manifest["same_as"]
+            files = storage.read_manifest(self.place, verify=verify)["files"]
+            if storage.fingerprint(files) != self.manifest["same_as_identity"]:
+                raise IntegrityError(f"{url}: has what {self.place} had, but that was replaced; prepare it again")
+            self.manifest = {**self.manifest, "files": files}
         if self.manifest.get("schema_version") != SCHEMA_VERSION:
             raise DataQualityError(
                 f"{url}: schema_version={self.manifest.get('schema_version')}, this code reads {SCHEMA_VERSION}; prepare it again"
@@ -63,7 +73,7 @@ class SequenceDataset:
     @cached_property
     def catalogue(self) -> Catalogue:
         """The item catalogue of this dataset."""
-        catalogue = load_catalogue(storage.join(self.url, "catalogue"))
+        catalogue = load_catalogue(storage.join(self.place, "catalogue"))
         if catalogue.fingerprint != self.manifest["catalogue_fingerprint"]:
             raise CatalogueError(
                 f"{self.url}: catalogue {catalogue.fingerprint}, but the manifest names {self.manifest['catalogue_fingerprint']}"
@@ -73,7 +83,7 @@ class SequenceDataset:
     def read_shard(self, name: str, *, timestamps: bool = False) -> SequenceShard:
         """The sequences in one file, with their timestamps where asked for."""
         columns = ["user_key", "item_ids", *(["timestamps"] if timestamps else [])]
-        table = storage.read_table(storage.join(self.url, name), columns=columns)
+        table = storage.read_table(storage.join(self.place, name), columns=columns)
         lists = table["item_ids"].combine_chunks()
         return SequenceShard(
             user_keys=table["user_key"].combine_chunks(),
