@@ -126,5 +126,6 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _unknown_key(key: str) -> str:
     known = sorted(_flatten(to_dict(Config())) | dict.fromkeys(section.name for section in dataclasses.fields(Config)))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    same_name = [name for name in known if name.split(".")[-1] == key]  # its section was forgotten
+    near = (same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
     return f"{key}: unknown setting; the nearest known one is {near}"
