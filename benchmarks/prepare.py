@@ -164,7 +164,7 @@ def main() -> None:
                 results[side].append(run(side, folder, rows))
             shutil.rmtree(folder)
         seconds = {side: statistics.median(s for s, _ in runs) for side, runs in results.items()}
-        best = min((seconds[side] for side in ("polars", "duckdb") if side in seconds), default=float("nan"))
+        best = min((seconds[side] for side in ("polars", "duckdb") if side in seconds), default=None)
         for side, runs in results.items():
             spread = f"{min(s for s, _ in runs):.2f}–{max(s for s, _ in runs):.2f}"
             peak = max(p for _, p in runs)
@@ -174,14 +174,14 @@ def main() -> None:
                     rows,
                     f"{seconds[side]:.2f}",
                     spread,
-                    f"{best / seconds[side]:.2f}",
+                    f"{best / seconds[side]:.2f}" if best else "–",
                     round(rows / seconds[side]),
                     round(peak),
                 ]
             )
             figures[f"{side}, {millions:g} M"] = {
                 "seconds": seconds[side],
-                "share_of_best": best / seconds[side],
+                "share_of_best": best and best / seconds[side],
                 "peak_mib": peak,
             }
     say(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores")

@@ -76,9 +76,15 @@ class DatasetConfig:
     shards: int = 0  # files that users are hashed into; 0: as the parent, or one for each 64 MB of the log and 8 at least
     deleted_users: str = ""  # file of user keys, one a line, of whom nothing is kept
     deleted_items: str = ""  # file of item keys; their ids stay reserved
+    drop_repeats: bool = False  # True: of one item several times in a row the first interaction stays
+    min_item_count: int = 0  # interactions an item needs to be in the catalogue
+    min_user_events: int = 0  # interactions of such items that a user needs
+    k_core: Literal["once", "until_stable"] = "once"  # once: items, then users; until_stable: until both hold
 
     def __post_init__(self) -> None:
         _require(self.shards >= 0, "dataset.shards", self.shards, "cannot be negative; 0 follows from the size of the log")
+        for name in ("min_item_count", "min_user_events"):
+            _require(getattr(self, name) >= 0, f"dataset.{name}", getattr(self, name), "cannot be negative; 0 filters nothing")
         _require(
             not self.rebuild or bool(self.parent), "dataset.rebuild", self.rebuild, "is about dataset.parent, which is empty"
         )

@@ -1,14 +1,18 @@
 """The first stage of a night: the log becomes a dataset, and a table says what became of its rows."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.data.events import EventRules, parse_time
+from lrurec_dist.data.filters import Filters, filter_dataset
 from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
+from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.synthetic import write_synthetic_log
 from lrurec_dist.ray_session import RaySession
 from lrurec_dist.reporting import Status, format_table, now_and_then, say
+
+UNFILTERED = ".unfiltered"  # beside a filtered dataset: everything, which the next night is merged into
 
 
 def prepare(config: Config, status: Status, session: RaySession) -> None:
@@ -42,7 +46,20 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
         deleted_users=config.dataset.deleted_users,
         deleted_items=config.dataset.deleted_items,
     )
-    dataset, was_there = prepare_dataset(config.dataset_url, options, now_and_then("prepare"), session.connect)
+    settings = config.dataset
+    filters = Filters(
+        drop_repeats=settings.drop_repeats,
+        min_item_count=settings.min_item_count,
+        min_user_events=settings.min_user_events,
+        k_core=settings.k_core,
+    )
+    if filters.active:
+        parent = SequenceDataset(settings.parent).catalogue if settings.parent else None
+        everything = replace(options, parent=f"{settings.parent}{UNFILTERED}" if settings.parent else "")
+        base, _ = prepare_dataset(f"{config.dataset_url}{UNFILTERED}", everything, now_and_then("prepare"), session.connect)
+        dataset, was_there = filter_dataset(config.dataset_url, base, filters, parent)
+    else:
+        dataset, was_there = prepare_dataset(config.dataset_url, options, now_and_then("prepare"), session.connect)
     facts = dataset.manifest
     if was_there:
         say(f"prepare: skipped, {config.dataset_url} holds this log's dataset")

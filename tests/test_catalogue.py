@@ -74,18 +74,16 @@ def test_an_extension_keeps_every_id_and_appends_new_items():
     assert child.table.schema == parent.table.schema
 
 
-def test_an_extension_refreshes_the_figures_of_items_that_occur_and_of_no_other():
+def test_an_extension_leaves_rows_alone_and_new_figures_are_given_with_the_deleted_items():
     parent = build_catalogue(items_of(ROWS))
     child = build_catalogue(items_of([("new", 1, 99, 99), ("a", 7, 5, 50)]), parent)
-    figures = {row["item_key"]: (row["count"], row["first_seen"], row["last_seen"]) for row in child.table.to_pylist()}
-    assert figures == {
-        "first": (1, -5, -5),
-        "a": (7, 5, 50),
-        "b": (5, 10, 40),
-        "é": (3, 10, 10),
-        "late": (1, 30, 30),
-        "new": (1, 99, 99),
-    }
+    assert child.table.slice(0, parent.num_items).equals(parent.table)
+    figures = np.arange(child.num_items)
+    renewed = child.with_figures(figures, figures - 5, figures + 5, np.array([2]))
+    assert renewed.fingerprint == child.fingerprint
+    assert [tuple(row.values()) for row in renewed.table.to_pylist()] == [
+        (at + 1, key, "deleted" if at == 1 else "active", at, at - 5, at + 5) for at, key in enumerate(child.keys.to_pylist())
+    ]
 
 
 def test_an_extension_without_items_is_the_parent():

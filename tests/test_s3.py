@@ -15,9 +15,9 @@ import pytest
 import s3fs
 
 from lrurec_dist import storage, stores
-from lrurec_dist.data.prepare import prepare_dataset
 from lrurec_dist.errors import ConfigError, TryAgainError
 from lrurec_dist.files import new_file
+from tests.dirty_log import prepare
 from tests.processes import killed_at
 from tests.stores import BUCKET, S3Server
 
@@ -294,17 +294,19 @@ def test_only_the_wanted_columns_are_fetched(s3, bucket):
 
 
 @pytest.mark.usefixtures("s3_environment", "ray_session")  # in this order: Ray's workers inherit the environment
-def test_a_dataset_is_prepared_from_s3_on_s3(bucket):
+def test_a_dataset_is_prepared_and_merged_from_s3_on_s3(bucket, by):
     users = np.repeat(np.arange(40), 6)
     log = pa.table({"user_id": users, "item_id": users % 7 + np.tile(np.arange(6), 40), "timestamp": np.arange(240)})
     storage.write_table(f"{bucket}/log/day=1/a.parquet", log.slice(0, 100))
     storage.write_table(f"{bucket}/log/day=2/b.parquet", log.slice(100))
-    arguments = {
-        "log_path": f"{bucket}/log/day=*", "log_format": "auto", "user_column": "user_id", "item_column": "item_id",
-        "timestamp_column": "timestamp", "timestamp_unit": "s", "max_rejected_share": 0.0, "shards": 2,
-    }  # fmt: skip
-    dataset, was_there = prepare_dataset(f"{bucket}/dataset", **arguments)
+    columns = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp"}
+    log_path = f"{bucket}/log/day=1,{bucket}/log/day=*/b.parquet"
+    dataset, was_there = prepare(f"{bucket}/dataset", log_path, **columns)
     assert not was_there
+    assert dataset.manifest["prepared"] == by
     assert dataset.manifest["interactions"] == 240
     assert dataset.manifest["users"] == 40
-    assert prepare_dataset(f"{bucket}/dataset", **arguments)[1]
+    assert prepare(f"{bucket}/dataset", log_path, **columns)[1]
+    storage.write_table(f"{bucket}/log/day=3/b.parquet", log.slice(0, 3))
+    later, _ = prepare(f"{bucket}/later", log_path, parent=dataset.url, **columns)
+    assert (later.manifest["rows_read"], later.manifest["interactions"]) == (3, 243)

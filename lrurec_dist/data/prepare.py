@@ -7,16 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
-
 from lrurec_dist import storage
 from lrurec_dist.data.catalogue import save_catalogue
 from lrurec_dist.data.events import EventRules, inspect_schemas
 from lrurec_dist.data.numbering import catalogue_of, deleted_ids, keys_in, with_figures
 from lrurec_dist.data.passes import LocalPasses, PartReport, RayPasses
-from lrurec_dist.data.sequences import MIN_EVALUABLE, SCHEMA_VERSION, SequenceDataset
-from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport
+from lrurec_dist.data.sequences import SCHEMA_VERSION, SequenceDataset
+from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport, describe_shards
 from lrurec_dist.data.sources import Source, read_units, resolve_sources
 from lrurec_dist.errors import ConfigError, DataQualityError
 
@@ -121,13 +118,13 @@ def prepare_dataset(
     catalogue = with_figures(catalogue, merged, merge_rules.deleted_items)
     catalogue_entry = save_catalogue(catalogue, storage.join(url, "catalogue"))
     dropped = _summed(report.dropped for report in merged)
-    lengths = np.concatenate([report.lengths for report in merged])
-    users = np.concatenate([report.users for report in merged])
-    interactions = int((lengths * users).sum())
+    if not any(len(report.lengths) for report in merged):
+        raise DataQualityError(f"{url}: no interaction is left; dropped were {dropped}")
+    figures = describe_shards(merged)
     before = int(base.manifest["interactions"]) if base else 0
     if rows_read != sum(part.events for part in parts) + sum(rejected.values()) + sum(
         sum(part.filtered.values()) for part in parts
-    ) or interactions != before + sum(part.events for part in parts) - sum(dropped.values()):
+    ) or figures["interactions"] != before + sum(part.events for part in parts) - sum(dropped.values()):
         raise DataQualityError(f"{url}: the counts of rows do not add up; this is a bug, please report it")
     description = {
         "schema_version": SCHEMA_VERSION,
@@ -141,15 +138,10 @@ def prepare_dataset(
         "rows_filtered": _summed(part.filtered for part in parts),
         "events_dropped": dropped,
         "interactions_of_parent": before,
-        "interactions": interactions,
-        "users": int(users.sum()),
-        "users_evaluable": int(users[lengths >= MIN_EVALUABLE].sum()),
-        "users_too_short_to_evaluate": int(users[lengths < MIN_EVALUABLE].sum()),
-        "length_percentiles": _percentiles(lengths, users),
+        **figures,
         "num_items": catalogue.num_items,
         "new_items": catalogue.num_items - (parent.num_items if parent else 0),
         "catalogue_fingerprint": catalogue.fingerprint,
-        "time_range": _time_range(merged),
         "seconds": {"read": round(read_s, 3), "all": round(time.perf_counter() - started, 3)},
         "prepared": "in one process" if small else "by Ray tasks",
     }
@@ -208,6 +200,11 @@ def _found(url: str, options: PrepareOptions, inputs: dict[str, Any]) -> Sequenc
 def _unseen(sources: list[Source], base: SequenceDataset, inputs: dict[str, Any]) -> list[Source]:
     """The files that the parent has not read, after a look whether they may be merged with what it has."""
     before = base.manifest["inputs"]
+    if "filters" in before:
+        raise ConfigError(
+            f"dataset.parent={base.url}: was filtered, so what it lacks is not known; give the same dataset.min_item_count, "
+            "dataset.min_user_events, dataset.k_core and dataset.drop_repeats, or set dataset.rebuild=true"
+        )
     same = ("columns", "timestamp_unit", "keep", "window", "max_key_bytes", "drop_duplicates", "max_user_events")
     differing = [name for name in same if before[name] != inputs[name]]
     if differing:
@@ -283,20 +280,6 @@ def _summed(counts: Any) -> dict[str, int]:
     for each in counts:
         total.update(each)
     return dict(sorted(total.items()))
-
-
-def _percentiles(lengths: np.ndarray, users: np.ndarray) -> dict[str, int]:
-    """Interactions per user at some percentiles, from the histogram."""
-    order = np.argsort(lengths)
-    lengths, at_most = lengths[order], np.cumsum(users[order])
-    ranks = {p: max(1, -(-p * int(at_most[-1]) // 100)) for p in (0, 10, 50, 90, 99, 100)}
-    return {str(p): int(lengths[np.searchsorted(at_most, rank)]) for p, rank in ranks.items()}
-
-
-def _time_range(merged: list[ShardReport]) -> list[int]:
-    first = [pc.min(report.items["first_seen"]).as_py() for report in merged if report.items.num_rows]
-    last = [pc.max(report.items["last_seen"]).as_py() for report in merged if report.items.num_rows]
-    return [min(first), max(last)]
 
 
 def _bytes_of(dataset: SequenceDataset) -> int:

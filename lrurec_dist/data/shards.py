@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from lrurec_dist import storage
 from lrurec_dist.data.catalogue import as_keys
+from lrurec_dist.data.sequences import MIN_EVALUABLE
 
 TIE_RULE = "timestamp, then item_id"
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in splitmix64
@@ -157,6 +158,20 @@ def write_shard(url: str, name: str, new: pa.Table, parent: pa.Table | None, rul
         dropped["beyond a user's last"] = int((~recent).sum())
         users, item_ids, timestamps = users[recent], item_ids[recent], timestamps[recent]
         lengths = np.minimum(lengths, rules.max_user_events)
+    return write_sequences(url, name, keys, lengths, item_ids, timestamps, dropped, events_in)
+
+
+def write_sequences(
+    url: str,
+    name: str,
+    keys: pa.Array,
+    lengths: np.ndarray,
+    item_ids: np.ndarray,
+    timestamps: np.ndarray,
+    dropped: dict[str, int],
+    events_in: int,
+) -> ShardReport:
+    """Write users' sequences, given end to end, to a shard's file; a user without any is left out."""
     if (lengths == 0).any():
         keys, lengths = keys.filter(pa.array(lengths > 0)), lengths[lengths > 0]
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
@@ -170,7 +185,29 @@ def write_shard(url: str, name: str, new: pa.Table, parent: pa.Table | None, rul
     entry = storage.write_table(storage.join(url, name), table, near=("timestamps.list.element",))
     length, count = np.unique(lengths, return_counts=True)
     summary = summarise(item_ids, timestamps)
-    return ShardReport(name, entry, summary, length, count, {name: n for name, n in dropped.items() if n}, events_in)
+    return ShardReport(name, entry, summary, length, count, {reason: n for reason, n in dropped.items() if n}, events_in)
+
+
+def describe_shards(reports: list[ShardReport]) -> dict[str, Any]:
+    """What a manifest says of users and interactions."""
+    lengths = np.concatenate([report.lengths for report in reports])
+    users = np.concatenate([report.users for report in reports])
+    order = np.argsort(lengths)
+    lengths, users = lengths[order], users[order]
+    at_most = np.cumsum(users)
+    ranks = {p: max(1, -(-p * int(at_most[-1]) // 100)) for p in (0, 10, 50, 90, 99, 100)}
+    items = [report.items for report in reports if report.items.num_rows]
+    return {
+        "interactions": int((lengths * users).sum()),
+        "users": int(users.sum()),
+        "users_evaluable": int(users[lengths >= MIN_EVALUABLE].sum()),
+        "users_too_short_to_evaluate": int(users[lengths < MIN_EVALUABLE].sum()),
+        "length_percentiles": {str(p): int(lengths[np.searchsorted(at_most, rank)]) for p, rank in ranks.items()},
+        "time_range": [
+            min(pc.min(table["first_seen"]).as_py() for table in items),
+            max(pc.max(table["last_seen"]).as_py() for table in items),
+        ],
+    }
 
 
 def _events_of(new: pa.Table, parent: pa.Table | None) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
