@@ -81,7 +81,6 @@ def by_us(folder: str, out: str, *, local: bool) -> int:
 
     if not local:
         prepare.LOCAL_BYTES = 0
-        prepare.UNIT_BYTES = 16 << 20
     rules = EventRules(
         user_column="user_id",
         item_column="item_id",

@@ -9,6 +9,7 @@ import threading
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -295,3 +296,19 @@ def test_every_row_read_is_kept_quarantined_filtered_or_dropped(tmp_path_factory
     assert sum(pq.read_table(f"{dataset.url}/quarantine/{name}").num_rows for name in quarantined) == sum(
         facts["rows_rejected"].values()
     )
+
+
+def test_a_user_with_most_and_an_item_with_half_of_a_million_events_do_no_harm(tmp_path, by):
+    draw = np.random.default_rng(0)
+    rows = 1_000_000
+    users, items = draw.integers(1, 2000, rows), draw.integers(2, 5000, rows)
+    users[: rows * 6 // 10], items[::2] = 7, 1
+    table = pa.table({"user": users, "item": items, "time": np.arange(rows)})
+    pq.write_table(table, tmp_path / "log.parquet", row_group_size=100_000)
+    dataset, _ = prepare(tmp_path / "dataset", tmp_path / "log.parquet")
+    assert dataset.manifest["prepared"] == by
+    assert dataset.manifest["interactions"] == rows
+    assert dataset.manifest["length_percentiles"]["100"] == np.bincount(users).max() > rows / 2
+    assert dataset.catalogue.table["count"].to_pylist()[0] == rows / 2
+    capped, _ = prepare(tmp_path / "capped", tmp_path / "log.parquet", max_user_events=1000)
+    assert capped.manifest["length_percentiles"]["100"] == 1000

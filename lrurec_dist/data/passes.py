@@ -118,6 +118,7 @@ class LocalPasses:
         self._pieces.clear()
         merge = functools.partial(merge_part, ids=ids, parent_url=parent_url, rules=rules, url=url)
         yield from self._pool.map(merge, range(shards), pieces)
+        self._pool.shutdown()
 
 
 class RayPasses:

@@ -18,7 +18,7 @@ from lrurec_dist.data.sources import Source, read_units, resolve_sources
 from lrurec_dist.errors import ConfigError, DataQualityError
 
 LOCAL_BYTES = 512 << 20  # a night whose files are smaller is prepared in one process, in about six times their size
-UNIT_BYTES = 64 << 20  # of files, read by one task
+UNIT_BYTES = 16 << 20  # of Parquet files, read by one task in some hundred MB
 SHARD_BYTES = 64 << 20  # of files a shard, where the number of shards is not given
 LEAST_SHARDS = 8
 
