@@ -52,10 +52,6 @@ def make_dataset(folder: str, users: int) -> SequenceDataset:
         item_column="item",
         timestamp_column="time",
         timestamp_unit="s",
-        keep=(),
-        since=None,
-        until=None,
-        max_key_bytes=64,
     )
     options = PrepareOptions(log_path=f"{folder}/log.parquet", log_format="auto", rules=rules, max_rejected_share=0.0)
     return prepare_dataset(f"{folder}/dataset", options, lambda _: None, lambda: None)[0]

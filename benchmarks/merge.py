@@ -56,10 +56,6 @@ def main() -> None:
         item_column=item,
         timestamp_column=stamp,
         timestamp_unit=unit,
-        keep=(),
-        since=None,
-        until=None,
-        max_key_bytes=64,
     )
 
     with tempfile.TemporaryDirectory() as folder:

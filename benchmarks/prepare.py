@@ -86,10 +86,6 @@ def by_us(folder: str, out: str, *, local: bool) -> int:
         item_column="item_id",
         timestamp_column="timestamp",
         timestamp_unit="s",
-        keep=(),
-        since=None,
-        until=None,
-        max_key_bytes=64,
     )
     options = prepare.PrepareOptions(log_path=folder, log_format="auto", rules=rules, max_rejected_share=0.0)
     dataset, _ = prepare.prepare_dataset(out, options, lambda _: None, lambda: None)

@@ -78,15 +78,16 @@ def plain_step(shape: Shape, item_ids: Tensor, targets: Tensor) -> tuple[PlainLR
     model = PlainLRURec(shape.num_items, dropout=shape.dropout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-9, weight_decay=0.01)
 
-    def step() -> float:
-        loss = model.loss(item_ids, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
+    return model, lambda: update(model, optimizer, model.loss(item_ids, targets))
 
-    return model, step
+
+def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """Backward pass, clipping and optimizer, the same for both sides; returns the loss."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def our_step(shape: Shape, item_ids: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[LRURec, Callable[[], float]]:
@@ -102,12 +103,7 @@ def our_step(shape: Shape, item_ids: Tensor, targets: Tensor, dtype: torch.dtype
         total, count = softmax_loss(
             model(item_ids, keep), table.weight, table.bias, targets[keep], include_padding_class=True, product_dtype=compute
         )
-        loss = total / count
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
+        return update(model, optimizer, total / count)
 
     return model, step
 

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, replace
 
+import numpy as np
+
 from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.data.events import EventRules, parse_time
@@ -75,6 +77,11 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
         ["items", facts["num_items"]],
         ["new items", facts["new_items"]],
         *([f"length, percentile {p}", facts["length_percentiles"][p]] for p in ("50", "90", "99", "100")),
+        *(
+            [f"{end} interaction", _moment(value, facts["time_unit"])]
+            for end, value in zip(("first", "last"), facts["time_range"], strict=True)
+        ),
+        ["bytes of sequences", sum(entry["bytes"] for name, entry in facts["files"].items() if name.startswith("sequences/"))],
     ]
     say(format_table(["dataset", "count"], rows))
     for note in facts["schema_notes"]:
@@ -86,3 +93,8 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
             f"of {seconds['all']:.1f} s, {config.dataset_url}"
         )
     status.commit("prepare", storage.fingerprint(facts["inputs"]), {"dataset": config.dataset_url})
+
+
+def _moment(stored: int, unit: str) -> str:
+    """A stored time as a person reads it."""
+    return f"position {stored:,}" if unit == "position" else f"{np.datetime64(stored, 'us')}Z"

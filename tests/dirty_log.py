@@ -22,10 +22,6 @@ RULES = EventRules(
     item_column="item",
     timestamp_column="time",
     timestamp_unit="s",
-    keep=(),
-    since=None,
-    until=None,
-    max_key_bytes=64,
 )
 OPTIONS = PrepareOptions(
     log_path="",

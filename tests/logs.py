@@ -16,8 +16,7 @@ COLUMNS = ["user_id", "item_id", "time"]
 def rules(**changed: Any) -> EventRules:
     """Rules for the columns `user_id`, `item_id`, `time` (in seconds), without conditions."""
     defaults: dict[str, Any] = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "time"}
-    defaults |= {"timestamp_unit": "s", "keep": (), "since": None, "until": None, "max_key_bytes": 256}
-    return EventRules(**(defaults | changed))
+    return EventRules(**(defaults | {"timestamp_unit": "s"} | changed))
 
 
 def sources_of(path: str | Path) -> list[Source]:

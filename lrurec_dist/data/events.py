@@ -25,10 +25,10 @@ class EventRules:
     item_column: str
     timestamp_column: str
     timestamp_unit: str  # of integers: s, ms, us, ns, position
-    keep: tuple[str, ...]  # conditions that a row has to satisfy, all of them; see `parse_condition`
-    since: int | None  # first stored time to read (microseconds since 1970, or position)
-    until: int | None  # first stored time that is not read any more
-    max_key_bytes: int
+    keep: tuple[str, ...] = ()  # conditions that a row has to satisfy, all of them; see `parse_condition`
+    since: int | None = None  # first stored time to read (microseconds since 1970, or position)
+    until: int | None = None  # first stored time that is not read any more
+    max_key_bytes: int = 256
 
 
 @dataclass(frozen=True)
