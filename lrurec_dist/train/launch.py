@@ -19,6 +19,10 @@ from lrurec_dist.errors import LrurecError
 from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.reporting import METRICS, MetricsFile
 
+# Ray trains on a thread of its own. glibc gives that an arena of 64 MiB pieces, which go back to the kernel with every
+# step whatever `keep_freed_memory` asks: a third more page faults. One arena for all threads keeps what it has.
+_WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+
 
 def use_cuda(device: str) -> bool:
     """Whether workers compute on GPUs: as asked, or where the cluster has any."""
@@ -48,6 +52,7 @@ def launch_training(config: Config) -> None:
             name=f"attempt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
             storage_path=storage.join(config.run_dir, "ray"),
             failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
         ),
     )
     try:
