@@ -1,14 +1,16 @@
 """From a log to sequences, against polars and DuckDB on the same rows.
 
-    python benchmarks/prepare.py [rows ...]        millions of rows, default 20
+    python benchmarks/prepare.py [rows ...] [skewed]        millions of rows, default 20
+
+skewed: one user has a quarter of all events, at most five million, and one item half of them.
 
 Polars and DuckDB read the user, item and time columns, sort by user and time and gather each
 user's events into lists, in memory; they number no items, remove no duplicates, check no row and
 write nothing. Ours does all of that and commits a dataset: in one process, as it would be by its size,
-and by Ray tasks on as many cores. Sides run in turn, each in a process of its own, RUNS times; a
+and by Ray tasks on all cores and on one. Sides run in turn, each in a process of its own, RUNS times; a
 figure is the median. Memory is the peak of the sum over the side's processes of their private
-pages, sampled ten times a second, with the object store's shared pages once; Ray's own spill is
-what its session directory holds at most.
+pages, sampled ten times a second, with the object store's shared pages once; spilled is what Ray
+says it wrote to disk because its object store was full.
 """
 
 import itertools
@@ -34,10 +36,12 @@ RUNS = 3
 FILES = 16
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 1 << 30
-SIDES = ("polars", "duckdb", "one process", "Ray tasks")
+SIDES = ("polars", "duckdb", "one process", "Ray tasks", "Ray tasks, 1 core")
+IN_MEMORY_MILLIONS = 50  # above it only Ray tasks are measured, once
+CRAWLER_EVENTS = 5_000_000
 
 
-def write_log(folder: Path, rows: int) -> None:
+def write_log(folder: Path, rows: int, *, skewed: bool) -> None:
     """Files of a log by time: users by a lognormal activity, items by Zipf's law, every hundredth row twice."""
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -47,13 +51,15 @@ def write_log(folder: Path, rows: int) -> None:
     per_file = rows // FILES
     for file in range(FILES):
         fresh = per_file - per_file // 100
-        table = pa.table(
-            {
-                "user_id": np.searchsorted(activity, draw.random(fresh) * activity[-1]) * 7919 + 10_000_000_000,
-                "item_id": np.searchsorted(items, draw.random(fresh) * items[-1]) * 104729,
-                "timestamp": 1_700_000_000 + file * 86_400 + draw.integers(0, 86_400, fresh),
-            }
-        )
+        columns = {
+            "user_id": np.searchsorted(activity, draw.random(fresh) * activity[-1]) * 7919 + 10_000_000_000,
+            "item_id": np.searchsorted(items, draw.random(fresh) * items[-1]) * 104729,
+            "timestamp": 1_700_000_000 + file * 86_400 + draw.integers(0, 86_400, fresh),
+        }
+        if skewed:
+            columns["user_id"][draw.random(fresh) < min(0.25, CRAWLER_EVENTS / rows)] = 10_000_000_000
+            columns["item_id"][draw.random(fresh) < 0.5] = 0
+        table = pa.table(columns)
         twice = pa.array(np.sort(draw.integers(0, fresh, per_file - fresh)))
         pq.write_table(pa.concat_tables([table, table.take(twice)]), folder / f"part-{file:03d}.parquet", compression="zstd")
 
@@ -92,24 +98,35 @@ def by_us(folder: str, out: str, *, local: bool) -> int:
     return int(dataset.manifest["rows_read"])
 
 
+def spilled_mib() -> float:
+    """What Ray's object stores have written to disk so far."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    return get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats.spilled_bytes_total / 2**20
+
+
 def serve(side: str, folder: str, out: str, expected: int) -> None:
-    """The other end of `run`: do it once and print the seconds."""
-    if side == "Ray tasks":
+    """The other end of `run`: do it once and print the figures."""
+    by_tasks = side.startswith("Ray tasks")
+    if by_tasks:
         import ray
 
         os.environ["PYTHONPATH"] = str(ROOT)
-        ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, logging_level="ERROR", log_to_driver=False)
+        cores = 1 if side.endswith("1 core") else os.cpu_count()
+        ray.init(
+            address="local", num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES, logging_level="ERROR", log_to_driver=False
+        )
     work: dict[str, Callable[[str, str], int]] = {
         "polars": by_polars,
         "duckdb": by_duckdb,
         "one process": lambda folder, out: by_us(folder, out, local=True),
-        "Ray tasks": lambda folder, out: by_us(folder, out, local=False),
     }
     started = time.perf_counter()
-    rows = work[side](folder, out)
+    rows = by_us(folder, out, local=False) if by_tasks else work[side](folder, out)
     seconds = time.perf_counter() - started
     assert rows == expected, f"{side} saw {rows:,} of {expected:,} rows"
-    say(json.dumps({"seconds": seconds}))
+    say(json.dumps({"seconds": seconds, "spilled": spilled_mib() if by_tasks else 0.0}))
 
 
 def memory_of(process: psutil.Process) -> int:
@@ -125,8 +142,8 @@ def memory_of(process: psutil.Process) -> int:
     return private + shared
 
 
-def run(side: str, folder: Path, rows: int) -> tuple[float, float]:
-    """(seconds, peak MiB) of one side."""
+def run(side: str, folder: Path, rows: int) -> dict[str, float]:
+    """`seconds`, `peak` and `spilled` MiB of one side."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         command = [sys.executable, __file__, "--serve", side, str(folder), f"{out}/dataset", str(rows)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}  # noqa: S108
@@ -138,7 +155,7 @@ def run(side: str, folder: Path, rows: int) -> tuple[float, float]:
         if process.returncode:
             sys.exit(f"{side} failed with exit code {process.returncode}")
         assert process.stdout
-        return json.loads(process.stdout.read().splitlines()[-1])["seconds"], peak / 2**20
+        return {**json.loads(process.stdout.read().splitlines()[-1]), "peak": peak / 2**20}
 
 
 def main() -> None:
@@ -146,41 +163,39 @@ def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
         serve(*sys.argv[2:5], int(sys.argv[5]))
         return
-    figures: dict[str, dict[str, float]] = {}
+    given = sys.argv[1:]
+    skewed = "skewed" in given
+    figures: dict[str, dict[str, float | None]] = {}
     table = []
-    for millions in [float(argument) for argument in sys.argv[1:]] or [20.0]:
+    for millions in [float(argument) for argument in given if argument != "skewed"] or [20.0]:
         rows = int(millions * 1e6) // FILES * FILES
+        in_memory = millions <= IN_MEMORY_MILLIONS
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "log"
-            write_log(folder, rows)
-            sides = SIDES if millions <= 50 else SIDES[-1:]
-            results: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-            for _, side in itertools.product(range(RUNS if millions <= 50 else 1), sides):
+            write_log(folder, rows, skewed=skewed)
+            sides = SIDES if in_memory else SIDES[-2:-1]
+            results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+            for _, side in itertools.product(range(RUNS if in_memory else 1), sides):
                 results[side].append(run(side, folder, rows))
             shutil.rmtree(folder)
-        seconds = {side: statistics.median(s for s, _ in runs) for side, runs in results.items()}
+        seconds = {side: statistics.median(run["seconds"] for run in runs) for side, runs in results.items()}
         best = min((seconds[side] for side in ("polars", "duckdb") if side in seconds), default=None)
         for side, runs in results.items():
-            spread = f"{min(s for s, _ in runs):.2f}–{max(s for s, _ in runs):.2f}"
-            peak = max(p for _, p in runs)
-            table.append(
-                [
-                    side,
-                    rows,
-                    f"{seconds[side]:.2f}",
-                    spread,
-                    f"{best / seconds[side]:.2f}" if best else "–",
-                    round(rows / seconds[side]),
-                    round(peak),
-                ]
-            )
+            share = best and best / seconds[side]
+            peak, spilled = (max(run[name] for run in runs) for name in ("peak", "spilled"))
+            spread = f"{min(run['seconds'] for run in runs):.2f}–{max(run['seconds'] for run in runs):.2f}"
+            share_text = "–" if share is None else f"{share:.2f}"
+            rate = round(rows / seconds[side])
+            table.append([side, rows, f"{seconds[side]:.2f}", spread, share_text, rate, round(peak), round(spilled)])
             figures[f"{side}, {millions:g} M"] = {
                 "seconds": seconds[side],
-                "share_of_best": best and best / seconds[side],
+                "share_of_best": share,
                 "peak_mib": peak,
+                "spilled_mib": spilled,
             }
-    say(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores")
-    say(format_table(["side", "rows", "seconds", "spread", "of the faster", "rows/s", "peak MiB"], table))
+    say(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores{', skewed' if skewed else ''}")
+    header = ["side", "rows", "seconds", "spread", "of the faster", "rows/s", "peak MiB", "spilled MiB"]
+    say(format_table(header, table))
     say(json.dumps(figures))
 
 
