@@ -27,7 +27,7 @@ from lrurec_dist.data.events import EventRules
 from lrurec_dist.data.feed import iter_training_batches
 from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.reporting import format_table, say
+from lrurec_dist.reporting import format_table, say, silent
 
 BATCHES, WARM_UP, RUNS = 400, 40, 3
 ORDER = DataOrder(seed=0, shards_mixed=64, global_batch_size=128, max_length=200, first_item_is_target=True)
@@ -54,7 +54,7 @@ def make_dataset(folder: str, users: int) -> SequenceDataset:
         timestamp_unit="s",
     )
     options = PrepareOptions(log_path=f"{folder}/log.parquet", log_format="auto", rules=rules, max_rejected_share=0.0)
-    return prepare_dataset(f"{folder}/dataset", options, lambda _: None, lambda: None)[0]
+    return prepare_dataset(f"{folder}/dataset", options, silent, lambda: None)[0]
 
 
 def rate(stream: Iterator[TrainingBatch]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from lrurec_dist.data.events import EventRules
 from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.reporting import format_table, say
+from lrurec_dist.reporting import format_table, say, silent
 
 SHARDS = 8
 
@@ -73,7 +73,7 @@ def main() -> None:
                 rebuild=rebuild,
             )
             started = time.perf_counter()
-            dataset, _ = prepare_dataset(f"{folder}/{name}", options, lambda _: None, lambda: None)
+            dataset, _ = prepare_dataset(f"{folder}/{name}", options, silent, lambda: None)
             return dataset, time.perf_counter() - started
 
         rows, parent = [], ""

@@ -30,7 +30,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lrurec_dist.reporting import format_table, say
+from lrurec_dist.reporting import format_table, say, silent
 
 RUNS = 3
 FILES = 16
@@ -82,11 +82,11 @@ def by_duckdb(folder: str, _: str) -> int:
 
 
 def by_us(folder: str, out: str, *, local: bool) -> int:
-    from lrurec_dist.data import prepare
+    from lrurec_dist.data import passes, prepare
     from lrurec_dist.data.events import EventRules
 
     if not local:
-        prepare.LOCAL_BYTES = 0
+        passes.LOCAL_BYTES = 0
     rules = EventRules(
         user_column="user_id",
         item_column="item_id",
@@ -94,7 +94,7 @@ def by_us(folder: str, out: str, *, local: bool) -> int:
         timestamp_unit="s",
     )
     options = prepare.PrepareOptions(log_path=folder, log_format="auto", rules=rules, max_rejected_share=0.0)
-    dataset, _ = prepare.prepare_dataset(out, options, lambda _: None, lambda: None)
+    dataset, _ = prepare.prepare_dataset(out, options, silent, lambda: None)
     return int(dataset.manifest["rows_read"])
 
 

@@ -14,9 +14,9 @@ import torch
 from lrurec_dist import __version__, storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import differences, load_config, to_dict, to_yaml, with_absolute_paths
-from lrurec_dist.data.batches import pad_left, read_for_training, untrained_targets
+from lrurec_dist.data.batches import pad_left, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.data.splits import audit_split, describe_split, resolve_split
+from lrurec_dist.data.splits import resolve_split
 from lrurec_dist.errors import EXIT_DONE, BundleError, ConfigError, DataNotReadyError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
 from lrurec_dist.evaluate.ranking import top_k
@@ -25,15 +25,16 @@ from lrurec_dist.reporting import (
     METRICS,
     MetricsFile,
     Status,
+    end_progress,
     exit_code_of,
     format_duration,
-    format_table,
     metrics_table,
+    progress_of,
     say,
 )
 from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
 from lrurec_dist.serve.recommender import Recommender
-from lrurec_dist.stage_prepare import prepare
+from lrurec_dist.stage_prepare import audit, prepare
 from lrurec_dist.train.checkpoint import find_checkpoint, load_model, model_loader, read_checkpoint_manifest
 from lrurec_dist.train.launch import launch_training, use_cuda
 from lrurec_dist.train.order import data_order
@@ -99,6 +100,7 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
         status.failed(error)
         raise
     finally:
+        end_progress()
         session.close()
     status.done(bundle=status.stages.get("bundle", {}).get("outputs", {}).get("url"))
     say(f"done in {format_duration(time.perf_counter() - started)}")
@@ -136,18 +138,15 @@ def _train(config: Config, status: Status, session: RaySession) -> None:
     if config.train.resume == "never":
         storage.remove_tree(storage.join(config.run_dir, "checkpoints"))
     order = data_order(config, dataset)
-    audit = audit_split(dataset, order.split)
-    say(f"train: split {describe_split(order.split, dataset.manifest['time_unit'])}; audited, nothing of a later part trains")
-    say(format_table(["split", "count"], [[name.replace("_", " "), count] for name, count in audit.items()]))
-    shards = (read_for_training(dataset, name, order) for name in dataset.shard_names)
-    missed = sum(untrained_targets(order.split.bounds(shard).train_end, order) for shard in shards)
-    say(f"train: {missed:,} of {audit['train_interactions']:,} interactions to train on are no window's target")
+    audited = audit(dataset, order.split, "train", session)
+    missed = untrained_targets(audited.training, order)
+    say(f"train: {missed:,} of {audited.counts['train_interactions']:,} interactions to train on are no window's target")
     session.connect()
     launch_training(config)
     best = find_checkpoint(config.run_dir, "best")
     if best is None:
         raise LrurecError("training ended without a checkpoint; this is a bug, please report it")
-    status.commit("train", inputs, {"best": best, "split": audit})
+    status.commit("train", inputs, {"best": best, "split": audited.counts})
 
 
 def _open_dataset(config: Config) -> SequenceDataset:
@@ -203,6 +202,7 @@ def _evaluate(config: Config, status: Status, session: RaySession) -> None:
             workers=config.train.workers,
             cpus_per_worker=config.train.cpus_per_worker,
             gpus_per_worker=1 if cuda else 0,
+            progress=progress_of("evaluate"),
         )
         outputs = {
             "users": evaluation.users,

@@ -4,9 +4,11 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
 
 from lrurec_dist import storage
 from lrurec_dist.errors import EXIT_DONE, LrurecError, TryAgainError
@@ -15,21 +17,75 @@ METRICS = "metrics.jsonl"  # below the run directory
 
 
 def say(line: str) -> None:
-    """Print one line at once, whatever buffers stand between the process and the reader."""
-    print(line, file=sys.stdout, flush=True)
+    """Print one line at once, whatever buffers stand between the process and the reader; above the bar if one is shown."""
+    with tqdm.external_write_mode() if _bars else nullcontext():
+        print(line, file=sys.stdout, flush=True)
 
 
-def now_and_then(stage: str, every_s: float = 10.0) -> Callable[[str], None]:
-    """A function that says `<stage>: <line>`, but not more often than every so many seconds."""
+class Progress(Protocol):
+    """Is told how far a piece of work is."""
+
+    def __call__(self, what: str, done: int, total: int, unit: str, note: str = "", /) -> None:
+        """`done` of `total` units are done of what is called `what`; `note` is what else there is to say."""
+
+
+def silent(what: str, done: int, total: int, unit: str, note: str = "", /) -> None:
+    """A `Progress` that shows nobody anything."""
+
+
+def progress_of(stage: str, every_s: float = 10.0) -> Progress:
+    """What shows a person how far a stage is.
+
+    On a terminal that is a bar with rate, share and time left, until all is done, other work is
+    told of, or `end_progress` is called; elsewhere a line, but not more often than every so many seconds.
+    """
     last = time.monotonic()
 
-    def progress(line: str) -> None:
+    def progress(what: str, done: int, total: int, unit: str, note: str = "", /) -> None:
         nonlocal last
-        if time.monotonic() - last >= every_s:
+        if terminal() is not None:
+            _show(f"{stage}: {what}", done, total, unit, note)
+        elif time.monotonic() - last >= every_s:
             last = time.monotonic()
-            say(f"{stage}: {line}")
+            say(f"{stage}: {what} {done:,} of {total:,} {unit}{note and ', '}{note}")
 
     return progress
+
+
+def terminal() -> TextIO | None:
+    """The terminal that somebody watches this process on."""
+    return next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None)
+
+
+_bars: dict[str, Any] = {}  # the bar that is shown, by what it is about; a terminal has one last line
+
+
+def _show(title: str, done: int, total: int, unit: str, note: str) -> None:
+    if title not in _bars:
+        end_progress()
+        _bars[title] = tqdm(
+            desc=title,
+            total=total,
+            initial=done,  # what was done before the bar began does not count for its rate
+            unit=f" {unit}",
+            postfix=note,
+            file=terminal(),
+            leave=False,
+            miniters=1,
+            dynamic_ncols=True,
+        )
+    bar = _bars[title]
+    bar.set_postfix_str(note, refresh=False)
+    bar.update(done - bar.n)
+    if done >= total:
+        bar.refresh()
+        end_progress()
+
+
+def end_progress() -> None:
+    """Take the bar from the terminal, if there is one."""
+    while _bars:
+        _bars.popitem()[1].close()
 
 
 def format_duration(seconds: float) -> str:
@@ -146,10 +202,25 @@ class MetricsFile:
         return [json.loads(line) for line in storage.read_bytes(self._url).decode().split("\n")[:-1]]
 
     @contextmanager
-    def followed(self, poll_s: float = 1.0) -> Iterator[None]:
-        """Print what others write while the context is open, and all of it before it closes."""
+    def followed(self, max_steps: int, poll_s: float = 1.0) -> Iterator[None]:
+        """Print what others write while the context is open, and all of it before it closes.
+
+        On a terminal a bar of `max_steps` steps, and in a long validation one of its shards, stands for the lines about them.
+        """
         seen = len(self.read())
         closing = threading.Event()
+        progress = progress_of("train")
+
+        def tell(record: Mapping[str, Any]) -> None:
+            if terminal() is None or record["kind"] not in ("train", "ranking"):
+                if record["kind"] == "validation":
+                    end_progress()  # of its ranking
+                say(describe(record))
+            elif record["kind"] == "train":
+                note = f"loss {record['loss']:.4f}, recall@10 {record['best_recall@10']:.4f}"
+                progress("trained", record["step"], max_steps, "steps", note)
+            else:
+                progress("ranked", record["shards_done"], record["shards"], "shards")
 
         def follow() -> None:
             nonlocal seen
@@ -160,7 +231,7 @@ class MetricsFile:
                 except (OSError, TryAgainError):  # storage hiccup: the records stay where they are, the next round reads them
                     records = []
                 for record in records[seen:]:
-                    say(describe(record))
+                    tell(record)
                 seen = max(seen, len(records))
                 if last_round:
                     return
@@ -172,6 +243,7 @@ class MetricsFile:
         finally:
             closing.set()
             thread.join()
+            end_progress()
 
 
 def describe(record: Mapping[str, Any]) -> str:
@@ -188,6 +260,10 @@ def describe(record: Mapping[str, Any]) -> str:
             return (
                 f"train: validation at step {record['step']:,}: recall@10 {record['recall@10']:.4f}  ndcg@10 {record['ndcg@10']:.4f}  "
                 f"{standing}  ({record['users']:,} users, {record['seconds']:.1f} s)"
+            )
+        case "ranking":
+            return (
+                f"train: validating at step {record['step']:,}: ranked {record['shards_done']:,} of {record['shards']:,} shards"
             )
         case "note":
             return f"train: {record['text']}"

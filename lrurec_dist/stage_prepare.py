@@ -6,14 +6,17 @@ import numpy as np
 
 from lrurec_dist import storage
 from lrurec_dist.config import Config
+from lrurec_dist.data.audit import SplitAudit, stored_audit
 from lrurec_dist.data.events import EventRules, parse_time
 from lrurec_dist.data.filters import Filters, filter_dataset
 from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
 from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data.splits import Split, describe_split, resolve_split
 from lrurec_dist.data.synthetic import write_synthetic_log
 from lrurec_dist.ray_session import RaySession
-from lrurec_dist.reporting import Status, format_table, now_and_then, say
+from lrurec_dist.reporting import Status, format_table, progress_of, say
 
+STAGES = ("read", "number", "merge", "filter", "commit", "all")  # in the order of their seconds in the table
 UNFILTERED = ".unfiltered"  # beside a filtered dataset: everything, which the next night is merged into
 
 
@@ -58,10 +61,10 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
     if filters.active:
         parent = SequenceDataset(settings.parent).catalogue if settings.parent else None
         everything = replace(options, parent=f"{settings.parent}{UNFILTERED}" if settings.parent else "")
-        base, _ = prepare_dataset(f"{config.dataset_url}{UNFILTERED}", everything, now_and_then("prepare"), session.connect)
+        base, _ = prepare_dataset(f"{config.dataset_url}{UNFILTERED}", everything, progress_of("prepare"), session.connect)
         dataset, was_there = filter_dataset(config.dataset_url, base, filters, parent)
     else:
-        dataset, was_there = prepare_dataset(config.dataset_url, options, now_and_then("prepare"), session.connect)
+        dataset, was_there = prepare_dataset(config.dataset_url, options, progress_of("prepare"), session.connect)
     facts = dataset.manifest
     if was_there:
         say(f"prepare: skipped, {config.dataset_url} holds this log's dataset")
@@ -81,18 +84,35 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
             [f"{end} interaction", _moment(value, facts["time_unit"])]
             for end, value in zip(("first", "last"), facts["time_range"], strict=True)
         ),
-        ["bytes of sequences", sum(entry["bytes"] for name, entry in facts["files"].items() if name.startswith("sequences/"))],
+        ["bytes of sequences", dataset.sequence_bytes],
     ]
-    say(format_table(["dataset", "count"], rows))
+    if not was_there:
+        rows += [
+            ["bytes read", facts["bytes_read"]],
+            ["bytes written", facts["bytes_written"]],
+            *([f"seconds, {stage}", f"{facts['seconds'][stage]:,.2f}"] for stage in STAGES if stage in facts["seconds"]),
+        ]
+    say(format_table(["dataset", "figure"], rows))
     for note in facts["schema_notes"]:
         say(f"prepare: {note}")
     if not was_there:
-        seconds = facts["seconds"]
-        say(
-            f"prepare: {facts['rows_read'] / max(seconds['all'], 1e-9):,.0f} rows/s {facts['prepared']}, reading {seconds['read']:.1f} s "
-            f"of {seconds['all']:.1f} s, {config.dataset_url}"
-        )
+        rate = facts["rows_read"] / max(facts["seconds"]["all"], 1e-9)
+        say(f"prepare: {rate:,.0f} rows/s {facts['prepared']}, {config.dataset_url}")
+    audit(dataset, resolve_split(dataset, **asdict(config.split)), "prepare", session)
     status.commit("prepare", storage.fingerprint(facts["inputs"]), {"dataset": config.dataset_url})
+
+
+def audit(dataset: SequenceDataset, split: Split, stage: str, session: RaySession) -> SplitAudit:
+    """Print the audit of a split, which is made unless the dataset has it."""
+    found, was_there = stored_audit(dataset, split, progress_of(stage), session.connect)
+    say(
+        f"{stage}: split {describe_split(split, dataset.manifest['time_unit'])}; audited{' before' if was_there else ''}, "
+        "nothing of a later part trains"
+    )
+    about = ("users", "interactions", "items", "train", "validation", "test")  # the first words of counts, in the table's order
+    names = sorted(found.counts, key=lambda name: (about.index(name.split("_")[0]), name))
+    say(format_table(["split", "count"], [[name.replace("_", " "), found.counts[name]] for name in names]))
+    return found
 
 
 def _moment(stored: int, unit: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from lrurec_dist.data import prepare as prepare_module
+from lrurec_dist.data import passes
 from lrurec_dist.data.ray_feed import configure_ray_data
 from lrurec_dist.data.sequences import SequenceDataset
 from tests.dirty_log import CLEAN, DIRTY, prepare, write_parquet
@@ -34,7 +34,7 @@ def ray_session() -> Iterator[None]:
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of preparing, which the size of the log would choose."""
     if request.param == "by Ray tasks":
-        monkeypatch.setattr(prepare_module, "LOCAL_BYTES", 0)
+        monkeypatch.setattr(passes, "LOCAL_BYTES", 0)
     return str(request.param)
 
 

@@ -1,11 +1,13 @@
 """Small committed datasets made directly, for tests whose subject comes after preparation."""
 
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 
 from lrurec_dist import storage
 from lrurec_dist.data.catalogue import build_catalogue, save_catalogue
-from lrurec_dist.data.sequences import SCHEMA_VERSION, SequenceDataset
+from lrurec_dist.data.sequences import LENGTHS, SCHEMA_VERSION, SequenceDataset
 
 
 def write_dataset(
@@ -21,6 +23,7 @@ def write_dataset(
     items = pa.table({"item_key": pa.array(keys, pa.large_string()), "count": ones, "first_seen": ones, "last_seen": ones})
     catalogue = build_catalogue(items)
     save_catalogue(catalogue, storage.join(url, "catalogue"))
+    lengths: dict[str, list[int]] = {"shard": [], "length": [], "users": []}
     for shard in range(shards):
         members = range(shard, len(sequences), shards)
         table = pa.table(
@@ -31,6 +34,10 @@ def write_dataset(
             }
         )
         storage.write_table(storage.join(url, f"sequences/part-{shard:05d}.parquet"), table)
+        for length, users in sorted(Counter(len(sequences[user]) for user in members).items()):
+            for name, value in (("shard", shard), ("length", length), ("users", users)):
+                lengths[name].append(value)
+    storage.write_table(storage.join(url, LENGTHS), pa.table(lengths, schema=pa.schema([(name, pa.int64()) for name in lengths])))
     description = {
         "schema_version": SCHEMA_VERSION,
         "num_items": num_items,

@@ -14,6 +14,7 @@ import ray
 from lrurec_dist.data.events import EventRules
 from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
 from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.reporting import silent
 
 Row = tuple[Any, Any, Any]  # user, item, time
 
@@ -72,10 +73,6 @@ def write_csv(directory: Path, rows: list[Row]) -> str:
     return str(directory)
 
 
-def quiet(line: str) -> None:
-    """Says nothing of the progress."""
-
-
 def ray_is_there() -> None:
     """The test that lets tasks be used has the fixture ray_session."""
     assert ray.is_initialized()
@@ -84,7 +81,7 @@ def ray_is_there() -> None:
 def prepare(url: Path | str, log_path: Path | str, **changes: Any) -> tuple[SequenceDataset, bool]:
     rules = {field: changes.pop(field) for field in list(changes) if hasattr(RULES, field)}
     options = dataclasses.replace(OPTIONS, log_path=str(log_path), rules=dataclasses.replace(RULES, **rules), **changes)
-    return prepare_dataset(str(url), options, quiet, ray_is_there)
+    return prepare_dataset(str(url), options, silent, ray_is_there)
 
 
 def expected_keys(rows: list[Row]) -> list[Any]:

@@ -1,13 +1,18 @@
 """Run a function on several real processes with a gloo group between them."""
 
+import fcntl
 import multiprocessing
 import os
+import pty
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +57,38 @@ def _entry(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def on_a_terminal(command: list[str], timeout_s: float = 120) -> tuple[int, str, list[str]]:
+    """Run a command on a pseudo-terminal of 120 columns.
+
+    Returns its exit status, all that it wrote, and the lines that are left on the screen in the end.
+    """
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    deadline = threading.Timer(timeout_s, process.kill)
+    deadline.start()
+    written = b""
+    try:
+        with suppress(OSError):  # EIO: the other end was closed
+            while piece := os.read(ours, 1 << 16):
+                written += piece
+        status = process.wait()
+    finally:
+        deadline.cancel()
+        process.kill()
+        process.wait()
+        os.close(ours)
+    text = written.decode().replace("\r\n", "\n")
+    screen = []
+    for line in text.split("\n"):
+        left = ""
+        for piece_of_line in line.split("\r"):
+            left = piece_of_line + left[len(piece_of_line) :]
+        screen.append(left.rstrip())
+    return status, text, screen
 
 
 def killed_at(line: str, script: str, timeout_s: float = 60) -> None:

@@ -21,7 +21,7 @@ from lrurec_dist.data.batches import (
     slide_windows,
     untrained_targets,
 )
-from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data.sequences import LengthHistogram, SequenceDataset
 from lrurec_dist.data.splits import Split
 from tests.datasets import write_dataset
 
@@ -100,7 +100,7 @@ def test_with_sliding_windows_every_interaction_is_a_target_exactly_once(dataset
     skipped = 0 if first_item_is_target else 1
     assert seen == Counter(item for part in training_parts(order) for item in part[skipped:])
     lengths = np.array([len(part) for part in training_parts(order)])
-    assert untrained_targets(lengths, order) == skipped * len(LENGTHS)
+    assert untrained_targets(LengthHistogram.of(lengths), order) == skipped * len(LENGTHS)
 
 
 @pytest.mark.parametrize("first_item_is_target", [True, False])
@@ -177,7 +177,7 @@ def test_each_epoch_trains_on_each_target_once(dataset, options):
     assert set(targets.values()) == {1}
     trained = sum(map(len, training_parts(order)))
     lengths = np.array([len(part) for part in training_parts(order)])
-    assert targets.total() == trained - untrained_targets(lengths, order)
+    assert targets.total() == trained - untrained_targets(LengthHistogram.of(lengths), order)
     assert set(targets) <= {item for part in training_parts(order) for item in part}
 
 

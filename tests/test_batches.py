@@ -14,6 +14,7 @@ from lrurec_dist.data.batches import (
     DataOrder,
     TrainingBatch,
     TrainingWindows,
+    count_windows,
     cut_windows,
     group_shards,
     iter_batches,
@@ -22,7 +23,7 @@ from lrurec_dist.data.batches import (
     untrained_targets,
     window_positions,
 )
-from lrurec_dist.data.sequences import SCHEMA_VERSION, SequenceDataset, SequenceShard
+from lrurec_dist.data.sequences import SCHEMA_VERSION, LengthHistogram, SequenceDataset, SequenceShard
 from lrurec_dist.data.splits import Split
 from lrurec_dist.errors import DataQualityError
 
@@ -126,7 +127,7 @@ def test_windows_are_cut_as_the_paper_cuts_them(lengths, max_length):
 def test_untrained_targets_are_those_outside_every_window(lengths, max_length):
     outside = sum(length - len({item for window in paper_windows(length, max_length) for item in window}) for length in lengths)
     order = dataclasses.replace(ORDER, max_length=max_length)
-    assert untrained_targets(np.array(lengths, dtype=np.int64), order) == outside
+    assert untrained_targets(LengthHistogram.of(np.array(lengths, dtype=np.int64)), order) == outside
 
 
 def test_rows_are_padded_on_the_left_only():
@@ -212,7 +213,7 @@ def test_num_targets_counts_the_targets_of_the_global_batch(dataset, first_item_
 
 def test_an_epoch_trains_on_every_target_that_is_not_held_out_or_left_over(dataset):
     lengths = np.concatenate([Split().bounds(make_shard(sequences)).train_end for sequences in make_sequences()])
-    expected = lengths.sum() - untrained_targets(lengths, ORDER)
+    expected = lengths.sum() - untrained_targets(LengthHistogram.of(lengths), ORDER)
     assert sum(batch.num_targets for batch in epoch_of(dataset)) == expected
 
 
@@ -297,6 +298,21 @@ def test_windows_are_counted_without_being_cut(first_item_is_target):
         shard = make_shard([list(range(1, length + 1)) for length in lengths])
         order = dataclasses.replace(ORDER, first_item_is_target=first_item_is_target)
         assert window_positions(shard, order).tolist() == TrainingWindows([shard], order).positions.tolist()
+
+
+@settings(deadline=None)  # a loaded machine is slow now and then
+@given(
+    lengths=st.lists(st.integers(0, 60), max_size=12),
+    windows=st.sampled_from([{}, {"windows": "sliding", "stride": 3}]),
+    first_item_is_target=st.booleans(),
+)
+def test_a_histogram_of_lengths_counts_windows_and_untrained_targets(lengths, windows, first_item_is_target):
+    order = dataclasses.replace(ORDER, first_item_is_target=first_item_is_target, **windows)
+    whole = TrainingWindows([make_shard([list(range(1, length + 1)) for length in lengths])], order)
+    training = Split().bounds_of_lengths(np.array(lengths, dtype=np.int64)).train_end
+    histogram = LengthHistogram.of(training)
+    assert count_windows(histogram, order) == len(whole)
+    assert untrained_targets(histogram, order) == training.sum() - whole.num_targets.sum()
 
 
 @pytest.mark.parametrize("first_batch", [1, 3, 5, 100])

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 
 from lrurec_dist.data import feed, ray_feed
-from lrurec_dist.data.batches import DataOrder, TrainingBatch, iter_batches
+from lrurec_dist.data.batches import (
+    DataOrder,
+    TrainingBatch,
+    TrainingWindows,
+    group_shards,
+    iter_batches,
+    plan_batches,
+    read_for_training,
+)
+from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
 from lrurec_dist.data.splits import Split
-from lrurec_dist.errors import IntegrityError
+from lrurec_dist.errors import DataQualityError, IntegrityError
 from tests.datasets import chain_sequences, write_dataset
 
 ORDER = DataOrder(seed=5, shards_mixed=2, global_batch_size=9, max_length=4, first_item_is_target=True)
@@ -56,6 +65,42 @@ def test_ray_tasks_keep_to_token_budget_sliding_windows_and_split(monkeypatch, d
     stream.close()
     assert_same(fed, expected)
     assert {batch.epoch for batch in fed} >= {1, 2}
+
+
+class Unread(SequenceDataset):
+    """Lets nobody read a shard."""
+
+    def read_shard(self, name: str, *, timestamps: bool = False) -> SequenceShard:
+        raise AssertionError(f"{name} was read, timestamps={timestamps}")
+
+
+ORDERS = {
+    "paper": ORDER,
+    "without the first item": dataclasses.replace(ORDER, first_item_is_target=False),
+    "sliding": dataclasses.replace(ORDER, windows="sliding", stride=3),
+    "global_time": dataclasses.replace(ORDER, split=OTHER_ORDER.split),
+    "tokens": dataclasses.replace(ORDER, tokens=30),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.usefixtures("ray_session")
+def test_this_process_counts_batches_exactly_and_reads_no_shard_for_it(dataset, name):
+    order = ORDERS[name]
+    batches_of = ray_feed._batch_counter(Unread(dataset.url), order)
+    for epoch in range(3):
+        for group, members in enumerate(group_shards(dataset.shard_names, order, epoch)):
+            windows = TrainingWindows([read_for_training(dataset, member, order) for member in members], order)
+            assert batches_of(members, epoch, group) == len(plan_batches(windows.positions, order, epoch, group)[1])
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_ray_feed_without_a_window_is_refused(tmp_path):
+    nothing = write_dataset(str(tmp_path), [[1], [2]], 2, shards=2)
+    for changes in ({}, {"tokens": 30}):
+        order = dataclasses.replace(ORDER, first_item_is_target=False, **changes)
+        with pytest.raises(DataQualityError, match="no user has an interaction to train on, of 2"):
+            next(feed.iter_training_batches(nothing, order, rank=0, world_size=1, feed="ray"))
 
 
 def test_a_rank_feeds_itself_where_a_group_of_shards_fits(monkeypatch, dataset):

@@ -56,6 +56,10 @@ def test_what_stays_is_what_the_definition_says(
         return
     filtered, _ = filter_dataset(str(folder / "filtered"), base, filters, None)
     assert sequences_of(filtered) == expected
+    for name, (lengths, users) in filtered.lengths.items():
+        assert sorted(filtered.read_shard(name).lengths) == [
+            *itertools.chain(*([n] * k for n, k in zip(lengths, users, strict=True)))
+        ]
     facts = filtered.manifest
     assert facts["interactions"] == sum(map(len, expected.values()))
     assert facts["interactions"] + sum(facts["events_dropped"].values()) == base.manifest["interactions"]

@@ -16,6 +16,7 @@ import pytest
 
 from lrurec_dist.data.synthetic import build_synthetic_log
 from lrurec_dist.serve.recommender import Recommender
+from tests.processes import on_a_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -29,6 +30,8 @@ SMALL = (
     "train.report_every=20",
     "train.learning_rate=0.01",
 )
+
+SECONDS = [rf"seconds, {stage} +[0-9.]+" for stage in ("read", "number", "merge", "commit", "all")]
 
 
 def run_job(name: str, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
@@ -65,6 +68,14 @@ def test_the_main_job_ends_with_metrics_bundle_and_recommendations(
     assert len(recommender.recommend(["item-00001"], k=5)) == 5
     assert "synthetic" in (run / "config.yaml").read_text()
     assert (run / "metrics.jsonl").read_text().count('"kind": "validation"') == 2
+    assert re.findall(r"^(\w+): split leave_last_out; (audited.*), nothing", job.stdout, re.M) == [
+        ("prepare", "audited"),
+        ("train", "audited before"),
+    ]
+    tables = re.findall(r"^split .*?^test without history +0$", job.stdout, re.M | re.S)
+    assert len(tables) == 2
+    assert tables[0] == tables[1]
+    assert [path.suffix for path in (run / "dataset" / "audits").iterdir()] == [".json"]
 
 
 def test_the_trained_model_beats_popularity_clearly(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -113,6 +124,23 @@ def test_the_preparation_job_reads_a_log_of_the_users_own(tmp_path: Path) -> Non
     assert re.search(rf"^interactions +{log.num_rows}$", job.stdout, re.M)
     assert read_status(run)["result"] == "done"
     assert not (run / "checkpoints").exists()
+    read = (tmp_path / "log.parquet").stat().st_size
+    written = sum(path.stat().st_size for path in (run / "dataset").rglob("*.parquet"))
+    for figure in (f"bytes read +{read:,}", f"bytes written +{written:,}", *SECONDS, "length, percentile 50 +[0-9]+"):
+        assert re.search(rf"^{figure}$", job.stdout, re.M), figure
+
+
+def test_a_job_on_a_terminal_shows_bars_and_one_without_does_not(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "prepare.py"), *SMALL]
+    status, text, screen = on_a_terminal([*command, f"run_dir={tmp_path / 'terminal'}"])
+    assert status == 0, text
+    for work, units in (("read", "1/1"), ("merged", "2/2"), ("audited", "2/2")):
+        assert re.search(rf"prepare: {work}: 100%\|█+\| {units} \[\d\d:\d\d<00:00", text), text
+    job = run_job("prepare", f"run_dir={tmp_path / 'pipe'}", *SMALL)
+    assert "\r" not in job.stdout + job.stderr
+    assert "%|" not in job.stdout + job.stderr
+    lines = [re.sub(r"[\d.,]+ rows/s|/terminal|/pipe|^seconds.*", "", line) for line in screen]
+    assert lines[:-2] == [re.sub(r"[\d.,]+ rows/s|/terminal|/pipe|^seconds.*", "", line) for line in job.stdout.splitlines()][:-1]
 
 
 @pytest.mark.parametrize(

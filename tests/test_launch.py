@@ -102,6 +102,19 @@ def probabilities_of(config: Config) -> list[float]:
     return sampler.log_probability[1:].exp().tolist()
 
 
+def validate_slowly(config: Config) -> list[dict[str, Any]]:
+    from lrurec_dist.train import loop  # DeepSpeed only where a rank runs
+
+    loop.RANKING_REPORT_S = 0.0
+    loop._Worker(config, torch.device("cpu"))._validate()
+    return records(Path(config.run_dir), "ranking")
+
+
+def test_a_long_validation_says_how_far_it_is(tmp_path: Path, dataset_url: str) -> None:
+    (told,) = run_ranks(1, validate_slowly, configure(tmp_path, dataset_url))
+    assert [(record["shards_done"], record["shards"]) for record in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_negatives_are_drawn_by_the_counts_of_the_training_part_alone(tmp_path: Path) -> None:
     # item 3 is always held out, item 2 always validates: neither occurs in training, so both are as rare as possible
     url = write_dataset(str(tmp_path / "data"), [[1, 1, 2, 3], [1, 4, 2, 3], [1, 2, 3]], 4, shards=2).url

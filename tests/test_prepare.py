@@ -75,6 +75,28 @@ def test_the_manifest_accounts_for_every_row(dataset):
     ]
 
 
+def test_the_manifest_says_what_was_read_and_written_and_how_long_it_took(dataset, log):
+    facts = dataset.manifest
+    assert facts["bytes_read"] == sum(Path(file).stat().st_size for file in storage.expand(log))
+    beside = {f"{dataset.url}/{storage.MANIFEST}"}
+    assert facts["bytes_written"] == sum(Path(file).stat().st_size for file in storage.expand(dataset.url).keys() - beside)
+    seconds = dict(facts["seconds"])
+    whole = seconds.pop("all")
+    assert set(seconds) == {"read", "number", "merge", "commit"}
+    assert sum(seconds.values()) == pytest.approx(whole, abs=0.005)  # each is rounded to a millisecond
+
+
+@pytest.mark.parametrize("shards", [3, 40])  # 40: some without anybody
+def test_the_lengths_of_each_shard_are_kept_beside_the_sequences(tmp_path, log, shards):
+    prepared, _ = prepare(tmp_path / "dataset", log, shards=shards)
+    kept = SequenceDataset(prepared.url).lengths
+    assert list(kept) == prepared.shard_names
+    for name, (lengths, users) in kept.items():
+        assert np.repeat(lengths, users).tolist() == sorted(prepared.read_shard(name).lengths)
+        assert np.all(np.diff(lengths) > 0)
+    assert any(len(lengths) == 0 for lengths, _ in kept.values()) == (shards == 40)
+
+
 def test_counts_and_times_of_items_are_those_of_the_usable_rows(dataset):
     times = defaultdict(list)
     for _, item, time in CLEAN:
@@ -158,7 +180,7 @@ def test_a_dataset_of_another_schema_or_catalogue_is_not_opened(copy):
     with pytest.raises(CatalogueError, match="but the manifest names 0000000000000000"):
         _ = SequenceDataset(str(copy)).catalogue
     storage.write_json(f"{copy}/{storage.MANIFEST}", manifest | {"schema_version": 0})
-    with pytest.raises(DataQualityError, match=r"schema_version=0, this code reads 2; prepare it again"):
+    with pytest.raises(DataQualityError, match=r"schema_version=0, this code reads 3; prepare it again"):
         SequenceDataset(str(copy))
 
 

@@ -54,7 +54,7 @@ def test_a_merge_gives_the_bytes_of_a_rebuild_whatever_came_when(tmp_path_factor
     assert (folder / "merged/part.parquet").read_bytes() == (folder / "rebuilt/part.parquet").read_bytes()
     assert as_lists(table) == by_hand([*old, *new], limit)
     assert report.items == rebuilt.items
-    kept = int((report.lengths * report.users).sum())
+    kept = int(report.histogram.lengths @ report.histogram.users)
     assert kept == sum(map(len, as_lists(table).values())) == report.items["count"].to_numpy().sum()
     assert kept + sum(rebuilt.dropped.values()) == rebuilt.events_in == len(old) + len(new)
 

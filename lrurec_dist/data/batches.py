@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lrurec_dist import PAD_ID
-from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
+from lrurec_dist.data.sequences import LengthHistogram, SequenceDataset, SequenceShard
 from lrurec_dist.data.splits import Part, Split
 from lrurec_dist.errors import DataQualityError
 
@@ -141,9 +141,15 @@ def training_windows(lengths: np.ndarray, order: DataOrder) -> Windows:
     return Windows(*(values[num_targets > 0] for values in windows))
 
 
-def untrained_targets(lengths: np.ndarray, order: DataOrder) -> int:
+def untrained_targets(training: LengthHistogram, order: DataOrder) -> int:
     """Interactions of training parts of the given lengths that no window has as a target."""
-    return int(lengths.sum() - training_windows(lengths, order).num_targets.sum())
+    windows = training_windows(training.lengths, order)
+    return int(training.lengths @ training.users - training.users[windows.sequence] @ windows.num_targets)
+
+
+def count_windows(training: LengthHistogram, order: DataOrder) -> int:
+    """How many windows training parts of the given lengths give."""
+    return int(training.users[training_windows(training.lengths, order).sequence].sum())
 
 
 def pad_left(rows: list[np.ndarray], length: int) -> np.ndarray:

@@ -5,6 +5,7 @@ repeats. So they do not touch the dataset that nights are merged into; they make
 """
 
 import functools
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,8 +18,8 @@ import pyarrow.compute as pc
 from lrurec_dist import storage
 from lrurec_dist.data.catalogue import DELETED, Catalogue, save_catalogue
 from lrurec_dist.data.numbering import with_figures
-from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
-from lrurec_dist.data.shards import ShardReport, describe_shards, write_sequences
+from lrurec_dist.data.sequences import LENGTHS, SequenceDataset, SequenceShard
+from lrurec_dist.data.shards import ShardReport, describe_shards, save_lengths, write_sequences
 from lrurec_dist.errors import ConfigError, DataQualityError
 
 
@@ -89,13 +90,14 @@ def filter_dataset(url: str, base: SequenceDataset, filters: Filters, parent: Ca
                 f"dataset.dir={url}: holds a dataset that was filtered in another way; choose another, or delete it"
             )
         return there, True
+    started = time.perf_counter()
     storage.remove_tree(url)
     stays = _items_that_stay(base, filters)
     catalogue, new_id = _extended(base.catalogue, stays, parent)
     write = functools.partial(_write_filtered, url=url, base=base, filters=filters, stays=stays, new_id=new_id)
     with ThreadPoolExecutor(thread_name_prefix="filter") as pool:
         reports = list(pool.map(write, base.shard_names))
-    if not any(len(report.lengths) for report in reports):
+    if not any(len(report.histogram.lengths) for report in reports):
         raise DataQualityError(
             f"dataset.min_item_count={filters.min_item_count}, dataset.min_user_events={filters.min_user_events}: none of "
             f"{base.manifest['interactions']:,} interactions passes; lower them"
@@ -105,11 +107,13 @@ def filter_dataset(url: str, base: SequenceDataset, filters: Filters, parent: Ca
     catalogue = with_figures(catalogue, reports, deleted[deleted > 0])
     known = {"catalogue/part-00000.parquet": save_catalogue(catalogue, storage.join(url, "catalogue"))}
     known |= {report.file: report.entry for report in reports}
+    known[LENGTHS] = save_lengths(reports, url)
     figures = describe_shards(reports)
     dropped = dict(base.manifest["events_dropped"])
     for report in reports:
         for reason, count in report.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
+    seconds, filter_s = base.manifest["seconds"], round(time.perf_counter() - started, 3)
     description: dict[str, Any] = {name: value for name, value in base.manifest.items() if name != "files"}
     description |= figures | {
         "inputs": inputs,
@@ -117,6 +121,9 @@ def filter_dataset(url: str, base: SequenceDataset, filters: Filters, parent: Ca
         "num_items": catalogue.num_items,
         "new_items": catalogue.num_items - (parent.num_items if parent else 0),
         "catalogue_fingerprint": catalogue.fingerprint,
+        "bytes_read": base.manifest["bytes_read"] + base.sequence_bytes,
+        "bytes_written": base.manifest["bytes_written"] + sum(entry["bytes"] for entry in known.values()),
+        "seconds": seconds | {"filter": filter_s, "all": round(seconds["all"] + filter_s, 3)},
     }
     description.pop("same_as", None)
     storage.commit(url, description, known)

@@ -1,11 +1,12 @@
 """The two passes of a preparation over its data, in this process or as Ray tasks; the results are the same.
 
 Pass one reads a part of the log, judges its rows and deals the events to shards. Pass two merges
-what each shard was dealt with what it held before.
+what each shard was dealt with what it held before. Whatever else goes over shards one by one goes through `each`.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from lrurec_dist.data.shards import MergeRules, ShardReport, partition, shard_of
 from lrurec_dist.data.sources import ReadUnit
 from lrurec_dist.errors import LrurecError
 
+LOCAL_BYTES = 512 << 20  # a night whose files are smaller is prepared in one process, in about six times their size
 TASKS_AHEAD = 4  # Ray tasks that wait for a core, so that a slow driver leaves none idle
 
 
@@ -99,14 +101,20 @@ def _concat(tables: list[pa.Table], names: tuple[str, str, str]) -> pa.Table:
 class LocalPasses:
     """Both passes in threads of this process, with all events in memory."""
 
+    place = "in one process"
+
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
         self._pieces: list[list[pa.Table]] = []
 
+    def each(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """`function(*arguments[i])` for every i, in their order."""
+        return self._pool.map(lambda each: function(*each), arguments)
+
     def read(self, units: list[ReadUnit], rules: EventRules, shards: int, url: str) -> Iterator[PartReport]:
         """Pass one; reports in the order of the units."""
         read = functools.partial(read_part, rules=rules, shards=shards, url=url)
-        for report, pieces in self._pool.map(read, range(len(units)), units):
+        for report, pieces in self.each(read, list(enumerate(units))):
             self._pieces.append(pieces)
             yield report
 
@@ -117,15 +125,22 @@ class LocalPasses:
         pieces = [[part[shard] for part in self._pieces] for shard in range(shards)]
         self._pieces.clear()
         merge = functools.partial(merge_part, ids=ids, parent_url=parent_url, rules=rules, url=url)
-        yield from self._pool.map(merge, range(shards), pieces)
-        self._pool.shutdown()
+        yield from self.each(merge, list(enumerate(pieces)))
 
 
 class RayPasses:
     """Both passes as Ray tasks; what is dealt lies in the object store, which spills to disk."""
 
+    place = "by Ray tasks"
+
     def __init__(self) -> None:
         self._pieces: list[list[ray.ObjectRef[pa.Table]]] = []
+
+    def each(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, num_cpus: float = 1.0) -> Iterator[Any]:
+        """`function(*arguments[i])` for every i, in their order; each a task that reserves `num_cpus` logical CPUs."""
+        stored = ray.put(function)  # once, with all that is bound to it
+        task = _each_task.options(num_cpus=num_cpus)
+        yield from _in_order(lambda index: task.remote(stored, *arguments[index]), len(arguments))
 
     def read(self, units: list[ReadUnit], rules: EventRules, shards: int, url: str) -> Iterator[PartReport]:
         """Pass one; reports in the order of the units."""
@@ -152,6 +167,22 @@ class RayPasses:
             return task
 
         yield from _in_order(submit, shards)
+
+
+Passes = LocalPasses | RayPasses
+
+
+def passes_for(size: int, connect: Callable[[], None]) -> Passes:
+    """Threads of this process for files of up to LOCAL_BYTES, else Ray tasks, after `connect`."""
+    if size <= LOCAL_BYTES:
+        return LocalPasses(threads=os.cpu_count() or 1)
+    connect()
+    return RayPasses()
+
+
+@ray.remote(max_retries=3)
+def _each_task(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 @ray.remote(max_retries=3)

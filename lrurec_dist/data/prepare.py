@@ -1,6 +1,5 @@
 """From a log to a prepared dataset, anew or by merging new files into last night's."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -8,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrurec_dist import storage
+from lrurec_dist.data.audit import AUDITS
 from lrurec_dist.data.catalogue import save_catalogue
 from lrurec_dist.data.events import EventRules, inspect_schemas
 from lrurec_dist.data.numbering import catalogue_of, deleted_ids, keys_in, with_figures
-from lrurec_dist.data.passes import LocalPasses, PartReport, RayPasses
-from lrurec_dist.data.sequences import SCHEMA_VERSION, SequenceDataset
-from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport, describe_shards
+from lrurec_dist.data.passes import PartReport, passes_for
+from lrurec_dist.data.sequences import LENGTHS, SCHEMA_VERSION, SequenceDataset
+from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport, describe_shards, save_lengths
 from lrurec_dist.data.sources import ReadUnit, Source, read_units, resolve_sources
 from lrurec_dist.errors import ConfigError, DataQualityError
+from lrurec_dist.reporting import Progress
 
-LOCAL_BYTES = 512 << 20  # a night whose files are smaller is prepared in one process, in about six times their size
 UNIT_BYTES = 16 << 20  # of Parquet files, read by one task in some hundred MB
 SHARD_BYTES = 64 << 20  # of files a shard, where the number of shards is not given
 LEAST_SHARDS = 8
@@ -49,14 +49,14 @@ class PrepareOptions:
 
 
 def prepare_dataset(
-    url: str, options: PrepareOptions, progress: Callable[[str], None], connect: Callable[[], None]
+    url: str, options: PrepareOptions, progress: Progress, connect: Callable[[], None]
 ) -> tuple[SequenceDataset, bool]:
     """Turn a log into a committed dataset at `url`, or find it there.
 
     Args:
         url: the dataset's directory.
         options: what it is made of.
-        progress: called with a line for each piece of work that is done.
+        progress: told of each part that was read and each shard that was merged.
         connect: called before Ray is used, which is where the log's files exceed LOCAL_BYTES.
 
     Returns:
@@ -81,23 +81,22 @@ def prepare_dataset(
     if storage.is_committed(url):
         return _found(url, options, inputs), True
     _remove_leftovers(url)
-    started = time.perf_counter()
+    laps = _Laps()
     fresh = sources if base is None else _unseen(sources, base, inputs)
     shards = inputs["shards"]
     if base is not None and not fresh and not inputs["deleted"]:
         return _unchanged(url, base, inputs), False
     notes = inspect_schemas(fresh, options.rules) if fresh else []
     units = read_units(fresh, UNIT_BYTES)
-    small = sum(map(_size_of, units)) + (_bytes_of(base) if base else 0) <= LOCAL_BYTES
-    if not small:
-        connect()
-    passes = LocalPasses(threads=os.cpu_count() or 1) if small else RayPasses()
+    merged_bytes = base.sequence_bytes if base else 0
+    passes = passes_for(sum(map(_size_of, units)) + merged_bytes, connect)
 
     parts: list[PartReport] = []
+    progress("read", 0, len(units), "parts")
     for part in passes.read(units, options.rules, shards, url):
         parts.append(part)
-        progress(f"read {len(parts):,} of {len(units):,} parts, {sum(part.rows_read for part in parts):,} rows")
-    read_s = time.perf_counter() - started
+        progress("read", len(parts), len(units), "parts", f"{sum(part.rows_read for part in parts):,} rows")
+    laps.end("read")
     rejected = _summed(part.rejected for part in parts)
     rows_read = sum(part.rows_read for part in parts)
     _check_quality(options, rows_read, rejected, sum(part.events for part in parts), merged=base is not None)
@@ -111,14 +110,21 @@ def prepare_dataset(
         deleted_users=keys_in(options.deleted_users),
         deleted_items=deleted_ids(options.deleted_items, catalogue),
     )
+    laps.end("number")
     merged: list[ShardReport] = []
+    progress("merged", 0, shards, "shards")
     for report in passes.merge(ids, shards, base.place if base else None, merge_rules, url):
         merged.append(report)
-        progress(f"merged {len(merged):,} of {shards:,} shards")
+        progress("merged", len(merged), shards, "shards")
+    laps.end("merge")
     catalogue = with_figures(catalogue, merged, merge_rules.deleted_items)
-    catalogue_entry = save_catalogue(catalogue, storage.join(url, "catalogue"))
+    known = {"catalogue/part-00000.parquet": save_catalogue(catalogue, storage.join(url, "catalogue"))}
+    known |= {report.file: report.entry for report in merged}
+    known[LENGTHS] = save_lengths(merged, url)
+    for part in parts:
+        known |= part.files
     dropped = _summed(report.dropped for report in merged)
-    if not any(len(report.lengths) for report in merged):
+    if not any(len(report.histogram.lengths) for report in merged):
         raise DataQualityError(f"{url}: no interaction is left; dropped were {dropped}")
     figures = describe_shards(merged)
     before = int(base.manifest["interactions"]) if base else 0
@@ -126,6 +132,7 @@ def prepare_dataset(
         sum(part.filtered.values()) for part in parts
     ) or figures["interactions"] != before + sum(part.events for part in parts) - sum(dropped.values()):
         raise DataQualityError(f"{url}: the counts of rows do not add up; this is a bug, please report it")
+    laps.end("commit")
     description = {
         "schema_version": SCHEMA_VERSION,
         "inputs": inputs,
@@ -142,15 +149,27 @@ def prepare_dataset(
         "num_items": catalogue.num_items,
         "new_items": catalogue.num_items - (parent.num_items if parent else 0),
         "catalogue_fingerprint": catalogue.fingerprint,
-        "seconds": {"read": round(read_s, 3), "all": round(time.perf_counter() - started, 3)},
-        "prepared": "in one process" if small else "by Ray tasks",
+        "seconds": laps.seconds,
+        "bytes_read": sum(source.size for source in fresh) + merged_bytes,
+        "bytes_written": sum(entry["bytes"] for entry in known.values()),
+        "prepared": passes.place,
     }
-    known = {"catalogue/part-00000.parquet": catalogue_entry}
-    known |= {report.file: report.entry for report in merged}
-    for part in parts:
-        known |= part.files
     storage.commit(url, description, known)
     return SequenceDataset(url), False
+
+
+class _Laps:
+    """Seconds by stage, one after the other, and of all so far."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def end(self, stage: str) -> None:
+        """What was done since the last end was this stage."""
+        now = time.perf_counter()
+        self.seconds |= {stage: round(now - self._last, 3), "all": round(now - self._started, 3)}
+        self._last = now
 
 
 def _inputs(
@@ -230,18 +249,22 @@ def _unchanged(url: str, base: SequenceDataset, inputs: dict[str, Any]) -> Seque
         "events_dropped": {},
         "new_items": 0,
         "schema_notes": [],
+        "seconds": dict.fromkeys(base.manifest["seconds"], 0.0),
+        "bytes_read": 0,
+        "bytes_written": 0,
+        "prepared": "from its parent",
+        "inputs": inputs,
     }
     description = {name: value for name, value in base.manifest.items() if name != "files"} | nothing_new
     same = {"same_as": base.place, "same_as_identity": base.identity, "interactions_of_parent": base.manifest["interactions"]}
-    storage.commit(
-        url, {**description, **same, "inputs": inputs, "seconds": {"read": 0.0, "all": 0.0}, "prepared": "from its parent"}
-    )
+    storage.commit(url, description | same)
     return SequenceDataset(url)
 
 
 def _remove_leftovers(url: str) -> None:
     """Delete what an interrupted preparation left, and refuse to touch anything else."""
-    foreign = [name for name in storage.list_files(url) if not name.startswith(("catalogue/", "sequences/", "quarantine/"))]
+    ours = ("catalogue/", "sequences/", "quarantine/", f"{AUDITS}/", LENGTHS)
+    foreign = [name for name in storage.list_files(url) if not name.startswith(ours)]
     if foreign:
         raise ConfigError(
             f"dataset.dir={url}: holds {foreign[0]}, which no preparation wrote; give an empty directory or a new one"
@@ -285,7 +308,3 @@ def _summed(counts: Any) -> dict[str, int]:
 def _size_of(unit: ReadUnit) -> int:
     """Bytes of a unit's file; compressed text holds about four times the events of Parquet of its size."""
     return unit.size * (4 if unit.source.url.lower().endswith((".gz", ".zst", ".bz2")) else 1)
-
-
-def _bytes_of(dataset: SequenceDataset) -> int:
-    return sum(int(entry["bytes"]) for name, entry in dataset.manifest["files"].items() if name.startswith("sequences/"))

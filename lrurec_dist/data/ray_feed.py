@@ -4,7 +4,7 @@ import collections
 import functools
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,18 @@ from lrurec_dist.data.batches import (
     TrainingBatch,
     TrainingWindows,
     count_batches,
+    count_windows,
     cut_batches,
     group_shards,
     read_for_training,
     require_windows,
     window_positions,
 )
-from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data.passes import RayPasses
+from lrurec_dist.data.sequences import LengthHistogram, SequenceDataset
 from lrurec_dist.errors import DataQualityError
+
+BatchCounter = Callable[[list[str], int, int], int]  # batches of a group of shards, in an epoch, as the how-manieth
 
 BATCHES_PER_TASK = 16
 TASKS_PER_EXECUTION = 64  # at most; starting an execution costs about a second, so one serves long
@@ -41,12 +45,11 @@ def iter_batches_by_ray(
     would drop rows and hand them out by timing. One row is one whole batch, so nothing is collated
     in the training process.
     """
-    positions = {name: window_positions(read_for_training(dataset, name, order), order) for name in dataset.shard_names}
-    require_windows(dataset, sum(map(len, positions.values())))
+    batches_of = _batch_counter(dataset, order)
     make = functools.partial(
         _make_batches, url=dataset.url, identity=dataset.identity, order=order, rank=rank, world_size=world_size
     )
-    addresses = _addresses(dataset.shard_names, positions, order, epoch, first_batch)
+    addresses = _addresses(dataset.shard_names, batches_of, order, epoch, first_batch)
     positions_per_batch = order.tokens or order.global_batch_size * order.max_length
     bytes_per_task = BATCHES_PER_TASK * -(-positions_per_batch // world_size) * 8  # ids, targets: int32
     most_tasks = max(1, min(TASKS_PER_EXECUTION, EXECUTION_BYTES // bytes_per_task))
@@ -76,14 +79,33 @@ class _Executor:
         return tasks.map_batches(make, batch_format="pyarrow", batch_size=1, concurrency=1, num_cpus=FEED_CPUS).to_arrow_refs()
 
 
+def _batch_counter(dataset: SequenceDataset, order: DataOrder) -> BatchCounter:
+    """What says how many batches there are. Shards are read for it, by tasks, only where their lengths do not tell."""
+    names = dataset.shard_names
+    if order.tokens or order.split.needs_timestamps:
+        read = functools.partial(_read_positions, url=dataset.url, identity=dataset.identity, order=order)
+        of_each = RayPasses().each(read, [(name,) for name in names], num_cpus=FEED_CPUS)
+        positions = dict(zip(names, of_each, strict=True))
+        require_windows(dataset, sum(map(len, positions.values())))
+        return lambda members, epoch, group: count_batches(
+            np.concatenate([positions[name] for name in members]), order, epoch, group
+        )
+    windows = {
+        name: count_windows(LengthHistogram.of(order.split.bounds_of_lengths(lengths).train_end, users), order)
+        for name, (lengths, users) in dataset.lengths.items()
+    }
+    require_windows(dataset, sum(windows.values()))
+    return lambda members, *_: -(-sum(windows[name] for name in members) // order.global_batch_size)
+
+
 def _addresses(
-    names: list[str], positions: dict[str, np.ndarray], order: DataOrder, epoch: int, first_batch: int
+    names: list[str], batches_of: BatchCounter, order: DataOrder, epoch: int, first_batch: int
 ) -> Iterator[dict[str, int]]:
     """What one feeding task makes, without end: batches begin..end-1 of a group of an epoch."""
     for at_epoch in itertools.count(epoch):
         to_skip = first_batch if at_epoch == epoch else 0
         for group, members in enumerate(group_shards(names, order, at_epoch)):
-            batches = count_batches(np.concatenate([positions[name] for name in members]), order, at_epoch, group)
+            batches = batches_of(members, at_epoch, group)
             for begin in range(min(to_skip, batches), batches, BATCHES_PER_TASK):
                 end = min(begin + BATCHES_PER_TASK, batches)
                 yield {"epoch": at_epoch, "group": group, "begin": begin, "end": end}
@@ -133,6 +155,11 @@ _ROW = pa.schema(
         ("batch", pa.int64()),
     ]
 )
+
+
+def _read_positions(name: str, url: str, identity: str, order: DataOrder) -> np.ndarray:
+    """The body of a counting task."""
+    return window_positions(read_for_training(_cached_dataset(url, identity), name, order), order)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,7 +1,9 @@
 """The prepared dataset: per-user sequences, hash-sharded, ordered in time, committed by a manifest."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +12,35 @@ from lrurec_dist import storage
 from lrurec_dist.data.catalogue import Catalogue, load_catalogue
 from lrurec_dist.errors import CatalogueError, DataQualityError, IntegrityError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+LENGTHS = "lengths.parquet"  # below the dataset: the histogram of each shard
 MIN_EVALUABLE = 3  # leave-last-out needs one target for test, one for validation, one to train on
+
+
+class LengthHistogram(NamedTuple):
+    """How many sequences there are of each length: users[i] users have lengths[i] interactions.
+
+    Both are int64; lengths ascend, and each occurs once.
+    """
+
+    lengths: np.ndarray
+    users: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, users: np.ndarray | None = None) -> "LengthHistogram":
+        """The histogram of some lengths, in any order, of so many users each; None: of one each."""
+        distinct, place, times = np.unique(lengths.astype(np.int64), return_inverse=True, return_counts=True)
+        if users is None:
+            return cls(distinct, times)
+        total = np.zeros(len(distinct), dtype=np.int64)
+        np.add.at(total, place, users)
+        return cls(distinct, total)
+
+    @classmethod
+    def total(cls, histograms: "Iterable[LengthHistogram]") -> "LengthHistogram":
+        """The histogram of the sequences of several."""
+        nothing = np.empty(0, dtype=np.int64)
+        return cls.of(*(np.concatenate(parts) for parts in zip((nothing, nothing), *histograms, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -69,6 +98,22 @@ class SequenceDataset:
     def shard_names(self) -> list[str]:
         """Sequence files, in order."""
         return sorted(name for name in self.manifest["files"] if name.startswith("sequences/"))
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Size of the sequence files."""
+        return sum(int(self.manifest["files"][name]["bytes"]) for name in self.shard_names)
+
+    @cached_property
+    def lengths(self) -> dict[str, LengthHistogram]:
+        """The histogram of lengths of each shard, by its name."""
+        table = storage.read_table(storage.join(self.place, LENGTHS))
+        shard, lengths, users = (table[name].to_numpy() for name in ("shard", "length", "users"))
+        bounds = np.searchsorted(shard, np.arange(len(self.shard_names) + 1))
+        return {
+            name: LengthHistogram(lengths[begin:end], users[begin:end])
+            for name, begin, end in zip(self.shard_names, bounds, bounds[1:], strict=False)
+        }
 
     @cached_property
     def catalogue(self) -> Catalogue:

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from lrurec_dist import storage
 from lrurec_dist.data.catalogue import as_keys
-from lrurec_dist.data.sequences import MIN_EVALUABLE
+from lrurec_dist.data.sequences import LENGTHS, MIN_EVALUABLE, LengthHistogram
 
 TIE_RULE = "timestamp, then item_id"
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in splitmix64
@@ -19,15 +19,13 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in splitm
 class ShardReport:
     """What a shard holds and what became of the events that went into it.
 
-    `items` has one row per item that occurs: item_id, count, first_seen, last_seen. `lengths` and
-    `users` are a histogram: users[i] users have lengths[i] interactions.
+    `items` has one row per item that occurs: item_id, count, first_seen, last_seen.
     """
 
     file: str
     entry: dict[str, Any]
     items: pa.Table
-    lengths: np.ndarray
-    users: np.ndarray
+    histogram: LengthHistogram
     dropped: dict[str, int]
     events_in: int
 
@@ -183,17 +181,26 @@ def write_sequences(
         }
     )
     entry = storage.write_table(storage.join(url, name), table, near=("timestamps.list.element",))
-    length, count = np.unique(lengths, return_counts=True)
     summary = summarise(item_ids, timestamps)
-    return ShardReport(name, entry, summary, length, count, {reason: n for reason, n in dropped.items() if n}, events_in)
+    return ShardReport(
+        name, entry, summary, LengthHistogram.of(lengths), {reason: n for reason, n in dropped.items() if n}, events_in
+    )
+
+
+def save_lengths(reports: list[ShardReport], url: str) -> dict[str, Any]:
+    """Write the histogram of each shard's lengths below the dataset `url`; returns the manifest entry of the file.
+
+    One row per shard and length: shard (its place among the sequence files, in order), length, users.
+    """
+    histograms = [report.histogram for report in sorted(reports, key=lambda report: report.file)]
+    shard = np.repeat(np.arange(len(histograms)), [len(histogram.lengths) for histogram in histograms])
+    lengths, users = (np.concatenate(parts) for parts in zip(*histograms, strict=True))
+    return storage.write_table(storage.join(url, LENGTHS), pa.table({"shard": shard, "length": lengths, "users": users}))
 
 
 def describe_shards(reports: list[ShardReport]) -> dict[str, Any]:
     """What a manifest says of users and interactions."""
-    lengths = np.concatenate([report.lengths for report in reports])
-    users = np.concatenate([report.users for report in reports])
-    order = np.argsort(lengths)
-    lengths, users = lengths[order], users[order]
+    lengths, users = LengthHistogram.total(report.histogram for report in reports)
     at_most = np.cumsum(users)
     ranks = {p: max(1, -(-p * int(at_most[-1]) // 100)) for p in (0, 10, 50, 90, 99, 100)}
     items = [report.items for report in reports if report.items.num_rows]

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from lrurec_dist.data.sequences import MIN_EVALUABLE, SequenceDataset, SequenceShard
-from lrurec_dist.errors import ConfigError, DataQualityError, LrurecError
+from lrurec_dist.errors import ConfigError, LrurecError
 
 Kind = Literal["leave_last_out", "global_time"]
 Part = Literal["validation", "test"]
@@ -71,17 +71,21 @@ class Split:
         Raises:
             LrurecError: timestamps are needed and were not read.
         """
-        lengths = shard.lengths
-        if self.kind == "leave_last_out":
-            evaluable = lengths >= MIN_EVALUABLE
-            return SplitBounds(lengths - 2 * evaluable, lengths - evaluable, lengths)
+        if not self.needs_timestamps:
+            return self.bounds_of_lengths(shard.lengths)
         if shard.timestamps is None:
             raise LrurecError("split.kind=global_time: this shard was read without timestamps")
         train_end, test_begin = (
             np.diff(np.cumsum(np.append(0, shard.timestamps < moment))[shard.offsets])  # as sequences are in time order
             for moment in (self.train_until, self.test_from)
         )
-        return SplitBounds(train_end, test_begin, lengths)
+        return SplitBounds(train_end, test_begin, shard.lengths)
+
+    def bounds_of_lengths(self, lengths: np.ndarray) -> SplitBounds:
+        """The parts of sequences of which only the lengths are known; of a split that needs no timestamps."""
+        assert not self.needs_timestamps
+        evaluable = lengths >= MIN_EVALUABLE
+        return SplitBounds(lengths - 2 * evaluable, lengths - evaluable, lengths)
 
 
 def places(shard: SequenceShard) -> np.ndarray:
@@ -158,101 +162,3 @@ def describe_split(split: Split, time_unit: str) -> str:
         for moment in (split.train_until, split.test_from)
     )
     return f"global_time, training before {train_until}, test from {test_from}"
-
-
-def audit_split(dataset: SequenceDataset, split: Split) -> dict[str, int]:
-    """Prove that a split leaks nothing, and count what it does; one shard in memory at a time.
-
-    Returns:
-        Counts. `<part>_targets` are the users evaluated; among them `<part>_new_users` have no
-        training part, `<part>_new_items` are asked for an item that no training part holds, and
-        `<part>_ties` for one of the same time as the interaction before it, so that not time but
-        item_id decided which is the target. `<part>_without_history` users are not evaluated: their
-        first interaction is the part's. `<part>_interactions` lie at or after the part's cut and
-        before the next. `items_never_trained` occur in the dataset, but in no training part.
-        `interactions_at_<cut>` happened exactly at a cut of `global_time`.
-
-    Raises:
-        DataQualityError: an interaction of the validation or test part would train, one of the
-            training part would not, a history reaches its target, or sequences are not in time order.
-    """
-    counts = dict.fromkeys(["users", "interactions", "train_users", "train_interactions", "items_never_trained"], 0)
-    for part in PARTS:
-        counts |= dict.fromkeys((f"{part}_{what}" for what in _OF_A_PART), 0)
-    cuts = {"train_until": split.train_until, "test_from": split.test_from} if split.kind == "global_time" else {}
-    counts |= dict.fromkeys((f"interactions_at_{cut}" for cut in cuts), 0)
-    trained, held_out = np.zeros((2, dataset.num_items + 1), dtype=np.int64)
-    asked = {part: np.zeros(dataset.num_items + 1, dtype=np.int64) for part in PARTS}
-    for name in dataset.shard_names:
-        shard = dataset.read_shard(name, timestamps=True)
-        times = shard.timestamps
-        assert times is not None
-        bounds = split.bounds(shard)
-        _check_shard(f"{dataset.url}, {name}", shard, split, bounds)
-        in_training = trains(shard, bounds)
-        trained += np.bincount(shard.item_ids[in_training], minlength=len(trained))
-        held_out += np.bincount(shard.item_ids[~in_training], minlength=len(trained))
-        counts["users"] += len(shard.lengths)
-        counts["interactions"] += len(shard.item_ids)
-        counts["train_users"] += int((bounds.train_end > 0).sum())
-        counts["train_interactions"] += int(in_training.sum())
-        for cut, moment in cuts.items():
-            counts[f"interactions_at_{cut}"] += int(np.count_nonzero(times == moment))
-        for part in PARTS:
-            begin, end = bounds.part(part)
-            evaluated = bounds.evaluable(part)
-            target = (shard.offsets[:-1] + begin)[evaluated]
-            asked[part] += np.bincount(shard.item_ids[target], minlength=len(trained))
-            found = {
-                "interactions": end - begin,
-                "targets": evaluated,
-                "new_users": evaluated & (bounds.train_end == 0),
-                "without_history": (begin < end) & (begin == 0),
-                "ties": times[target] == times[target - 1],
-            }
-            for what, values in found.items():
-                counts[f"{part}_{what}"] += int(values.sum())
-    counts["items_never_trained"] = int(((trained == 0) & (held_out > 0)).sum())
-    for part in PARTS:
-        counts[f"{part}_new_items"] = int(asked[part][trained == 0].sum())
-    return counts
-
-
-_OF_A_PART = ("interactions", "targets", "new_users", "new_items", "without_history", "ties")
-
-
-def _check_shard(where: str, shard: SequenceShard, split: Split, bounds: SplitBounds) -> None:
-    """Compare a shard's bounds with what timestamps and lengths themselves say."""
-    lengths, times, place = shard.lengths, shard.timestamps, places(shard)
-    assert times is not None
-    outside = (bounds.train_end < 0) | (bounds.train_end > bounds.test_begin) | (bounds.test_begin > lengths)
-    if outside.any():
-        raise DataQualityError(
-            f"{where}: split.kind={split.kind}: the parts of {int(outside.sum()):,} users lie outside their sequences; "
-            "this is a bug, please report it"
-        )
-    is_first = np.zeros(len(times), dtype=bool)
-    is_first[shard.offsets[:-1][lengths > 0]] = True
-    backwards = int((np.diff(times, prepend=times[:1]) < 0)[~is_first].sum())
-    if backwards:
-        raise DataQualityError(
-            f"{where}: {backwards:,} interactions are older than the one before them; prepare the dataset again"
-        )
-    train_end, test_begin = np.repeat(bounds.train_end, lengths), np.repeat(bounds.test_begin, lengths)
-    if split.kind == "global_time":
-        before_cut, before_test = times < split.train_until, times < split.test_from
-    else:
-        from_end = np.repeat(lengths, lengths) - place
-        short = np.repeat(lengths < MIN_EVALUABLE, lengths)
-        before_cut, before_test = short | (from_end > 2), short | (from_end > 1)
-    leaks = {
-        "interactions of the validation or test part would train": (place < train_end) & ~before_cut,
-        "interactions of the training part would not train": (place >= train_end) & before_cut,
-        "interactions of the test part would be history or target of validation": (place < test_begin) & ~before_test,
-        "interactions from before the test part would be its target": (place >= test_begin) & before_test,
-    }
-    for what, found in leaks.items():
-        if found.any():
-            raise DataQualityError(
-                f"{where}: split.kind={split.kind}: {int(found.sum()):,} {what}; this is a bug, please report it"
-            )

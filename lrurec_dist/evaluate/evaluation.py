@@ -22,6 +22,7 @@ from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.evaluate.ranking import target_ranks
 from lrurec_dist.model.item_table import ItemTable
 from lrurec_dist.model.process import arrange_cpu
+from lrurec_dist.reporting import Progress, silent
 
 
 class Encoder(Protocol):
@@ -95,6 +96,7 @@ def evaluate_dataset(
     workers: int,
     cpus_per_worker: float,
     gpus_per_worker: float = 0,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Rank every evaluable user's target over the full catalogue, on Ray workers.
 
@@ -103,6 +105,7 @@ def evaluate_dataset(
         load_model: called once on every worker; returns an `Encoder` on the device it should use.
         protocol: split, part and rules.
         workers: actors; each takes whole shards, so the figures do not depend on how many.
+        progress: told of each shard that was counted and ranked.
 
     Raises:
         DataQualityError: no user is evaluable.
@@ -112,7 +115,8 @@ def evaluate_dataset(
     configure_ray_data()
     shards = ray.data.from_items([{"shard": name} for name in dataset.shard_names], override_num_blocks=len(dataset.shard_names))
     count = functools.partial(_count_shard, url=url, protocol=protocol)
-    partial = shards.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=cpus_per_worker).take_all()
+    counted = shards.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=cpus_per_worker)
+    partial = _rows(counted, "counted", len(dataset.shard_names), progress)
     popularity = np.sum([np.asarray(row["counts"]) for row in partial], axis=0)
     expected, new_users, without_history = (sum(row[name] for row in partial) for name in ("evaluable", "new", "without_history"))
     if expected == 0:
@@ -122,7 +126,7 @@ def evaluate_dataset(
             if protocol.split.kind == "leave_last_out"
             else f"{url}: {users} has an interaction in the {protocol.part} part and one before it; move split.train_until, split.test_from"
         )
-    ranked = shards.map_batches(
+    ranking = shards.map_batches(
         _ShardRanker,
         fn_constructor_kwargs={"url": url, "load_model": load_model, "popularity": [ray.put(popularity)], "protocol": protocol},
         batch_size=1,
@@ -130,7 +134,8 @@ def evaluate_dataset(
         concurrency=min(workers, len(dataset.shard_names)),
         num_cpus=cpus_per_worker,
         num_gpus=gpus_per_worker,
-    ).take_all()
+    )
+    ranked = _rows(ranking, "ranked", len(dataset.shard_names), progress)
     model, baseline = RankCounts(protocol.deepest), RankCounts(protocol.deepest)
     model.counts += torch.from_numpy(np.sum([row["model"] for row in ranked], axis=0))
     baseline.counts += torch.from_numpy(np.sum([row["popularity"] for row in ranked], axis=0))
@@ -138,6 +143,16 @@ def evaluate_dataset(
         raise LrurecError(f"{model.users:,} users were ranked of {expected:,} evaluable ones; this is a bug, please report it")
     unseen = sum(int(row["unseen"]) for row in ranked)
     return Evaluation(model, baseline, unseen_targets=unseen, new_users=new_users, without_history=without_history)
+
+
+def _rows(shards: ray.data.Dataset, what: str, total: int, progress: Progress) -> list[dict[str, Any]]:
+    """What was computed of each shard, one row a shard."""
+    rows = []
+    progress(what, 0, total, "shards")
+    for row in shards.iter_rows():
+        rows.append(row)
+        progress(what, len(rows), total, "shards")
+    return rows
 
 
 def _count_shard(names: pa.Table, url: str, protocol: RankingProtocol) -> pa.Table:

@@ -56,7 +56,7 @@ def launch_training(config: Config) -> None:
         ),
     )
     try:
-        with MetricsFile(storage.join(config.run_dir, METRICS)).followed():
+        with MetricsFile(storage.join(config.run_dir, METRICS)).followed(config.train.max_steps):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause_of(error) from error

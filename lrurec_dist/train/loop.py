@@ -26,6 +26,8 @@ from lrurec_dist.train.checkpoint import Progress, find_checkpoint, load_checkpo
 from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.order import data_order
 
+RANKING_REPORT_S = 10.0  # between records of how far a validation is
+
 
 def train(config: Config, device: torch.device, report: Callable[[dict[str, float]], None]) -> str:
     """Train until early stopping or the end of the budget; the same call on every rank.
@@ -234,8 +236,12 @@ class _Worker:
         )
         model.eval()
         counts = RankCounts(protocol.deepest)
-        for shard in self.validation_shards:
+        told = started
+        for done, shard in enumerate(self.validation_shards, start=1):
             counts.counts += rank_shard(model, shard, protocol).counts
+            if time.perf_counter() - told >= RANKING_REPORT_S:
+                told = time.perf_counter()
+                self._write("ranking", step=self.progress.step, shards_done=done, shards=len(self.validation_shards))
         model.train()
         counts.counts = collectives.all_reduce_sum(counts.counts.to(self.device)).cpu()
         metrics = counts.metrics(options.ks)
