@@ -1,7 +1,7 @@
 #!/bin/sh
 # Gives this checkout an environment:  sh cluster/install.sh EXTRA [PYTHON]
 #
-#   EXTRA   base for the package alone, or an extra of pyproject.toml: test, dev, s3, gcs
+#   EXTRA   base for the package alone, or an extra of pyproject.toml: test, dev, s3, delta, …
 #   PYTHON  an interpreter whose environment gets what it lacks and keeps what it has;
 #           without it .venv beside pyproject.toml, made if need be
 #   TORCH   environment variable, cpu or cuda: the build to install where torch is missing;

@@ -23,8 +23,11 @@ class LogConfig:
     """Where the interaction log is and how to read it."""
 
     path: str = ""  # file, directory, glob, or several with commas between; any fsspec URL; empty: a synthetic log
-    format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"  # auto: by file name
-    partition_column: str = "date"  # of Hive directories, e.g. events/date=2026-11-20/part-0.parquet
+    # auto: by file name, and a directory with _delta_log is a Delta table. Of an Iceberg table path is namespace.table in
+    # the catalogue that pyiceberg's own settings describe, or the URL of its metadata file.
+    format: Literal["auto", "parquet", "csv", "jsonl", "delta", "iceberg"] = "auto"
+    snapshot: str = ""  # version of a Delta table or snapshot id of an Iceberg table; empty: the newest
+    partition_column: str = "date"  # of Hive directories, e.g. events/date=2026-11-20/part-0.parquet, or of a table
     from_partition: str = ""  # first partition to read, compared as text; empty: from the first one on
     to_partition: str = ""  # first partition not to read any more; empty: to the last one
     user_column: str = "user_id"
@@ -45,6 +48,21 @@ class LogConfig:
         _require(len(set(names)) == 3, "log.*_column", names, "user, item and timestamp are three different columns")
         _require(self.max_key_bytes >= 1, "log.max_key_bytes", self.max_key_bytes, "needs at least 1")
         _require(self.max_user_events >= 0, "log.max_user_events", self.max_user_events, "cannot be negative; 0 is no limit")
+        _require(
+            re.fullmatch(r"\d*", self.snapshot) is not None,
+            "log.snapshot",
+            self.snapshot,
+            "is no number; give a Delta version or an Iceberg snapshot id",
+        )
+        _require(
+            not self.snapshot or self.format in ("auto", "delta", "iceberg"),
+            "log.snapshot",
+            self.snapshot,
+            f"means nothing to log.format={self.format}; leave it empty, or set log.format=delta or log.format=iceberg",
+        )
+        is_table = self.format in ("delta", "iceberg")
+        _require(not is_table or bool(self.path), "log.path", repr(self.path), f"log.format={self.format} needs a table")
+        _require(not is_table or "," not in self.path, "log.path", self.path, "a table stands alone; prepare several apart")
         no_range = self.to_partition and self.from_partition >= self.to_partition
         _require(
             not no_range, "log.to_partition", self.to_partition, f"has to come after log.from_partition={self.from_partition}"

@@ -19,7 +19,8 @@ def with_absolute_paths(config: Config) -> Config:
     def resolved(url: str) -> str:
         return storage.absolute(url) if url else url
 
-    log_path = ",".join(resolved(part.strip()) for part in config.log.path.split(","))
+    in_catalogue = config.log.format == "iceberg" and "/" not in config.log.path
+    log_path = config.log.path if in_catalogue else ",".join(resolved(part.strip()) for part in config.log.path.split(","))
     return dataclasses.replace(
         config,
         run_dir=resolved(config.run_dir),

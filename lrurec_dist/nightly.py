@@ -46,6 +46,7 @@ Stage = Literal["prepare", "train", "evaluate", "bundle"]
 _MAY_CHANGE = (
     "run_dir",
     "log.path",  # the dataset's manifest knows its sources better
+    "log.snapshot",
     "dataset.dir",
     "batch.feed",
     "bundle.",

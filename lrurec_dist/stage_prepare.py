@@ -38,6 +38,7 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
     options = PrepareOptions(
         log_path=path,
         log_format=log.format,
+        snapshot=log.snapshot,
         partition_column=log.partition_column,
         from_partition=log.from_partition,
         to_partition=log.to_partition,
@@ -68,6 +69,8 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
     facts = dataset.manifest
     if was_there:
         say(f"prepare: skipped, {config.dataset_url} holds this log's dataset")
+    if table := facts["inputs"].get("table"):
+        say(f"prepare: read snapshot {table['snapshot']} of the {table['format']} table {table['location']}")
     rows = [
         ["rows read", facts["rows_read"]],
         *([f"rejected: {reason}", count] for reason, count in facts["rows_rejected"].items()),

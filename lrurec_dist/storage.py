@@ -121,6 +121,11 @@ def _roots(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]
     return {name: entry for name, entry in _entries(fs, root or fs.root_marker, depth).items() if pattern.match(name)}
 
 
+def canonical(url: str) -> str:
+    """`url` as `expand` names what lies there: one spelling for a place, whatever alias its scheme has."""
+    return _url_of(*filesystem(url))
+
+
 def _url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 

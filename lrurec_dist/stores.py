@@ -39,6 +39,7 @@ _PASSING = {
 _PASSING_CLASSES = {
     "ClientConnectionError", "ClientPayloadError", "ConnectionError", "HTTPClientError", "IncompleteRead", "IncompleteReadError",
     "ResponseParserError",
+    "OperationalError", "ServerError", "ServiceUnavailableError", "TooManyRequestsError",  # of Iceberg catalogues
 }  # fmt: skip
 _PASSING_STATUS = {408, 409, 425, 429}  # and all from 500 on
 _jitter = random.SystemRandom()  # leaves the seeded generators alone
@@ -143,8 +144,10 @@ def is_unmet_condition(error: BaseException) -> bool:
 
 
 def _is_misconfigured(error: BaseException) -> bool:
-    """botocore's own errors but the network's: no credentials, no such profile, no valid endpoint."""
-    return _has_class(error, {"BotoCoreError"}) and not _has_class(error, _PASSING_CLASSES)
+    """botocore's own errors but the network's (no credentials, no such profile, no valid endpoint), and a catalogue's refusals."""
+    return _has_class(error, {"BotoCoreError", "ForbiddenError", "OAuthError", "UnauthorizedError"}) and not _has_class(
+        error, _PASSING_CLASSES
+    )
 
 
 def _has_class(error: BaseException, names: set[str]) -> bool:

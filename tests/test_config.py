@@ -315,6 +315,33 @@ def test_absolute_paths_touch_local_relative_paths_alone(monkeypatch, tmp_path):
     assert absolute.seed == 4
 
 
+def test_an_iceberg_table_of_a_catalogue_is_no_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path, absolute in (("shop.events", "shop.events"), ("t/1.metadata.json", f"{tmp_path}/t/1.metadata.json")):
+        assert with_absolute_paths(load_config(overrides=["log.format=iceberg", f"log.path={path}"])).log.path == absolute
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["log.snapshot=latest"], r"^log\.snapshot=latest: is no number"),
+        (["log.snapshot=-1"], r"^log\.snapshot=-1: is no number"),
+        (["log.snapshot=3", "log.format=csv"], r"^log\.snapshot=3: means nothing to log\.format=csv"),
+        (["log.format=delta"], r"^log\.path='': log\.format=delta needs a table"),
+        (["log.format=iceberg", "log.path='a.b,c.d'"], r"^log\.path=a\.b,c\.d: a table stands alone"),
+    ],
+)
+def test_settings_of_a_table_that_make_no_sense_are_refused(overrides, rule):
+    with pytest.raises(ConfigError, match=rule):
+        load_config(overrides=overrides)
+
+
+def test_a_snapshot_id_keeps_all_its_digits():
+    assert load_config(overrides=["log.format=delta", "log.path=t", "log.snapshot=9223372036854775807"]).log.snapshot == str(
+        2**63 - 1
+    )
+
+
 def test_each_of_several_log_paths_is_made_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = with_absolute_paths(load_config(overrides=["log.path='old.parquet, s3://bucket/log,/logs/*.parquet'"]))

@@ -42,6 +42,8 @@ ONLY_IN = {
     "ray": {"data", "train/launch.py", "evaluate/evaluation.py", "ray_session.py", "nightly.py"},
     "deepspeed": {"train/engine.py", "train/checkpoint.py"},
     "omegaconf": {"config_file.py"},
+    "deltalake": {"data/delta.py"},
+    "pyiceberg": {"data/iceberg.py"},
     "triton": {"model/scan_triton.py"},
     "tqdm": {"reporting.py"},
 }

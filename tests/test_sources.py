@@ -98,7 +98,7 @@ def test_a_range_of_files_without_the_partition_is_refused_and_one_of_them_named
     touch(tmp_path / "other.parquet")
     assert resolve(tmp_path)[0].partition == ""
     with pytest.raises(
-        DataQualityError, match=rf"{tmp_path}/other\.parquet lies in no directory date=…; set log\.partition_column"
+        DataQualityError, match=rf"{tmp_path}/other\.parquet lies in no partition date=…; set log\.partition_column"
     ):
         resolve(tmp_path, start="2026-11-01")
 

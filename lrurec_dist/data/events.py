@@ -30,6 +30,11 @@ class EventRules:
     until: int | None = None  # first stored time that is not read any more
     max_key_bytes: int = 256
 
+    @property
+    def columns(self) -> list[str]:
+        """Every column that is read, once."""
+        return _columns(self, [parse_condition(text) for text in self.keep]).names
+
 
 @dataclass(frozen=True)
 class EventBlock:

@@ -14,7 +14,8 @@ from lrurec_dist.data.numbering import catalogue_of, deleted_ids, keys_in, with_
 from lrurec_dist.data.passes import PartReport, passes_for
 from lrurec_dist.data.sequences import LENGTHS, SCHEMA_VERSION, SequenceDataset
 from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport, describe_shards, save_lengths
-from lrurec_dist.data.sources import ReadUnit, Source, read_units, resolve_sources
+from lrurec_dist.data.sources import ReadUnit, Source, TableSnapshot, read_units, resolve_sources
+from lrurec_dist.data.tables import check_merge, check_names, pin_table
 from lrurec_dist.errors import ConfigError, DataQualityError
 from lrurec_dist.reporting import Progress
 
@@ -34,6 +35,7 @@ class PrepareOptions:
 
     log_path: str
     log_format: str
+    snapshot: str = ""
     partition_column: str = "date"
     from_partition: str = ""
     to_partition: str = ""
@@ -68,21 +70,30 @@ def prepare_dataset(
         DataQualityError: the log is empty, lacks a column, changed after the parent read it, or too
             many rows are unusable.
     """
+    table = pin_table(
+        options.log_path,
+        log_format=options.log_format,
+        snapshot=options.snapshot,
+        partition_column=options.partition_column,
+    )
     sources = resolve_sources(
         options.log_path,
         log_format=options.log_format,
         partition_column=options.partition_column,
         from_partition=options.from_partition,
         to_partition=options.to_partition,
+        table=table,
     )
     parent = SequenceDataset(options.parent) if options.parent else None
     base = None if options.rebuild else parent
-    inputs = _inputs(options, sources, parent, base)
+    inputs = _inputs(options, sources, table, parent, base)
     if storage.is_committed(url):
         return _found(url, options, inputs), True
     _remove_leftovers(url)
     laps = _Laps()
-    fresh = sources if base is None else _unseen(sources, base, inputs)
+    fresh = sources if base is None else _unseen(sources, table, base, inputs)
+    if table is not None:
+        check_names(table, fresh, options.rules.columns)
     shards = inputs["shards"]
     if base is not None and not fresh and not inputs["deleted"]:
         return _unchanged(url, base, inputs), False
@@ -173,7 +184,11 @@ class _Laps:
 
 
 def _inputs(
-    options: PrepareOptions, sources: list[Source], parent: SequenceDataset | None, base: SequenceDataset | None
+    options: PrepareOptions,
+    sources: list[Source],
+    table: TableSnapshot | None,
+    parent: SequenceDataset | None,
+    base: SequenceDataset | None,
 ) -> dict[str, Any]:
     """Everything that decides what the dataset holds; another preparation with the same finds it done."""
     rules = options.rules
@@ -200,23 +215,28 @@ def _inputs(
         "merged": base is not None,
         "shards": shards,
         "sources": {**seen, **{source.url: source.version for source in sources}},
+        "table": {"format": table.format, "location": table.location, "snapshot": table.snapshot} if table else None,
     }
 
 
 def _found(url: str, options: PrepareOptions, inputs: dict[str, Any]) -> SequenceDataset:
     dataset = SequenceDataset(url, verify=True)
     before = dataset.manifest["inputs"]
-    differing = sorted(name for name in inputs.keys() | before.keys() if before.get(name) != inputs.get(name))
+    # Two snapshots with the same files are the same log: tables have commits that change none.
+    names = (inputs.keys() | before.keys()) - {"table"}
+    differing = sorted(name for name in names if before.get(name) != inputs.get(name))
     if differing:
+        grown = before.get("table") and differing == ["sources"]
         raise ConfigError(
             f"dataset.dir={url}: holds a dataset prepared with other {', '.join(differing)}; choose another dataset.dir or run_dir, or delete it"
+            + (f"; or set log.snapshot={before['table']['snapshot']}, which it was prepared from" if grown else "")
         )
     facts = dataset.manifest
     _check_quality(options, facts["rows_read"], facts["rows_rejected"], facts["interactions"], merged=facts["inputs"]["merged"])
     return dataset
 
 
-def _unseen(sources: list[Source], base: SequenceDataset, inputs: dict[str, Any]) -> list[Source]:
+def _unseen(sources: list[Source], table: TableSnapshot | None, base: SequenceDataset, inputs: dict[str, Any]) -> list[Source]:
     """The files that the parent has not read, after a look whether they may be merged with what it has."""
     before = base.manifest["inputs"]
     if "filters" in before:
@@ -237,6 +257,8 @@ def _unseen(sources: list[Source], base: SequenceDataset, inputs: dict[str, Any]
             f"{changed[0]} changed after {base.url} was prepared from it ({len(changed):,} such files), and a merge cannot take "
             "events back; set dataset.rebuild=true"
         )
+    if table is not None:
+        check_merge(table, before["sources"], base.url)
     return [source for source in sources if source.url not in before["sources"]]
 
 

@@ -34,7 +34,32 @@ class Source:
     format: str  # parquet | csv | jsonl
     version: str  # changes with the content
     size: int  # bytes
-    partition: str  # value of the Hive partition, "" where there is none
+    partition: str  # value of the partition, "" where there is none
+
+
+@dataclass(frozen=True)
+class TableSnapshot:
+    """One pinned snapshot of a table, and the Parquet files that it consists of."""
+
+    format: str  # delta | iceberg
+    location: str  # where the table lies, the same for all its snapshots
+    snapshot: int  # Delta's version, or Iceberg's snapshot id
+    versions: dict[str, str]  # URL of a file -> its version, see `table_file_version`
+    partitions: dict[str, str | None]  # URL of a file -> its partition; "" for null, None where the table has no such one
+    field_ids: dict[str, int]  # Iceberg, column -> id, if columns had other names once: see `tables.check_names`
+
+    def owns(self, version: str) -> bool:
+        """Whether the file with that version was read as one of this table."""
+        return version.endswith(_of_table(self.location))
+
+
+def table_file_version(size: int, location: str) -> str:
+    """The version of a table's file: no writer changes one, so its size will do; and the table, which tells what is missing."""
+    return f"{size} bytes{_of_table(location)}"
+
+
+def _of_table(location: str) -> str:
+    return f", of table {location}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +72,15 @@ class ReadUnit:
     size: int  # estimated bytes in storage
 
 
-def resolve_sources(path: str, *, log_format: str, partition_column: str, from_partition: str, to_partition: str) -> list[Source]:
+def resolve_sources(
+    path: str,
+    *,
+    log_format: str,
+    partition_column: str,
+    from_partition: str,
+    to_partition: str,
+    table: TableSnapshot | None = None,
+) -> list[Source]:
     """The files behind `path`, sorted by (partition, url), each once.
 
     Args:
@@ -57,26 +90,31 @@ def resolve_sources(path: str, *, log_format: str, partition_column: str, from_p
         from_partition: first value to read, compared as text; empty: no lower end.
         to_partition: first value that is not read any more; empty: no upper end. With either end
             rows of the null partition are left out, since null lies in no range.
+        table: the files are those of this snapshot, and nothing is listed.
 
     Raises:
         DataNotReadyError: nothing matches a part of `path`, or no partition lies in the range.
         DataQualityError: the format cannot be told, the files are of several, or a range is asked
             of files without partition.
     """
+    versions = table.versions if table else _list(path)
+    partitions = table.partitions if table else {url: _partition_of(url, partition_column) for url in versions}
+    if from_partition or to_partition:
+        versions = _prune(path, versions, partitions, partition_column, from_partition, to_partition)
+    log_format = "parquet" if table else log_format
+    kind = log_format if log_format != "auto" else _common_format(path, versions)
+    sources = [Source(url, kind, version, int(version.split()[0]), partitions[url] or "") for url, version in versions.items()]
+    return sorted(sources, key=lambda source: (source.partition, source.url))
+
+
+def _list(path: str) -> dict[str, str]:
     versions: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in path.split(","))):
         found = storage.expand(part)
         if not found:
             raise DataNotReadyError(f"log.path={part}: no file there; give an existing file, directory or glob")
         versions |= found
-    if from_partition or to_partition:
-        versions = _prune(path, versions, partition_column, from_partition, to_partition)
-    kind = log_format if log_format != "auto" else _common_format(path, versions)
-    sources = [
-        Source(url, kind, version, int(version.split()[0]), _partition_of(url, partition_column) or "")
-        for url, version in versions.items()
-    ]
-    return sorted(sources, key=lambda source: (source.partition, source.url))
+    return versions
 
 
 def _partition_of(url: str, column: str) -> str | None:
@@ -88,12 +126,13 @@ def _partition_of(url: str, column: str) -> str | None:
     return None
 
 
-def _prune(path: str, versions: dict[str, str], column: str, start: str, stop: str) -> dict[str, str]:
-    values = {url: _partition_of(url, column) for url in versions}
+def _prune(
+    path: str, versions: dict[str, str], values: dict[str, str | None], column: str, start: str, stop: str
+) -> dict[str, str]:
     without = next((url for url, value in values.items() if value is None), None)
     if without is not None:
         raise DataQualityError(
-            f"log.from_partition={start}, log.to_partition={stop}: {without} lies in no directory {column}=…; "
+            f"log.from_partition={start}, log.to_partition={stop}: {without} lies in no partition {column}=…; "
             "set log.partition_column to the partition's name, or leave both ends empty"
         )
     kept = {
