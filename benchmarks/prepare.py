@@ -103,7 +103,10 @@ def spilled_mib() -> float:
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    return get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats.spilled_bytes_total / 2**20
+    return (
+        get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats.spilled_bytes_total
+        / 2**20
+    )
 
 
 def serve(side: str, folder: str, out: str, expected: int) -> None:

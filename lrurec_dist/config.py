@@ -39,7 +39,11 @@ class LogConfig:
     until: str = ""  # first time not to read any more
     max_key_bytes: int = 256  # longer user and item keys are rejected
     duplicates: Literal["drop", "keep"] = "drop"  # of a row with the same user, item and timestamp
-    max_user_events: int = 0  # of a user with more, a crawler perhaps, the latest are kept; 0: no limit
+    # Of a user's events with an item, those at most so long after the last one that was kept are duplicates too: a
+    # button pressed twice. Seconds, or positions; 0: the same time alone.
+    duplicate_tolerance: float = 0.0
+    max_user_events: int = 0  # of a user with more after duplicates are gone, a crawler perhaps; 0: no limit
+    users_above_cap: Literal["capped", "quarantined"] = "capped"  # the latest so many are kept, or nothing, in quarantine/
     max_rejected_share: float = 0.01  # of all rows; above it the job stops
 
     def __post_init__(self) -> None:
@@ -63,6 +67,24 @@ class LogConfig:
         is_table = self.format in ("delta", "iceberg")
         _require(not is_table or bool(self.path), "log.path", repr(self.path), f"log.format={self.format} needs a table")
         _require(not is_table or "," not in self.path, "log.path", self.path, "a table stands alone; prepare several apart")
+        _require(
+            0 <= self.duplicate_tolerance < math.inf,
+            "log.duplicate_tolerance",
+            self.duplicate_tolerance,
+            "has to be 0 or positive and finite",
+        )
+        _require(
+            self.duplicate_tolerance == 0 or self.duplicates == "drop",
+            "log.duplicate_tolerance",
+            self.duplicate_tolerance,
+            "contradicts log.duplicates=keep; set log.duplicates=drop, or leave it at 0",
+        )
+        _require(
+            self.users_above_cap == "capped" or self.max_user_events > 0,
+            "log.users_above_cap",
+            self.users_above_cap,
+            "needs a cap; set log.max_user_events, e.g. 50000",
+        )
         no_range = self.to_partition and self.from_partition >= self.to_partition
         _require(
             not no_range, "log.to_partition", self.to_partition, f"has to come after log.from_partition={self.from_partition}"
@@ -91,6 +113,8 @@ class DatasetConfig:
     dir: str = ""  # empty: <run_dir>/dataset; give a place of its own to share it between runs
     parent: str = ""  # an earlier dataset: what it has is merged with the files it has not seen; item ids are kept
     rebuild: bool = False  # True: read the whole log again, and take only the item ids from the parent
+    # Of a dataset without parent: by first time, or the most frequent first. Later nights append by first time.
+    first_ids: Literal["appearance", "count"] = "appearance"
     shards: int = 0  # files that users are hashed into; 0: as the parent, or one for each 64 MB of the log and 8 at least
     deleted_users: str = ""  # file of user keys, one a line, of whom nothing is kept
     deleted_items: str = ""  # file of item keys; their ids stay reserved

@@ -1,5 +1,6 @@
 """The first stage of a night: the log becomes a dataset, and a table says what became of its rows."""
 
+import math
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -35,6 +36,9 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
         max_key_bytes=log.max_key_bytes,
         **columns,
     )
+    tolerance = math.floor(log.duplicate_tolerance) if unit == "position" else round(log.duplicate_tolerance * 1e6)
+    # The cap counts what is left when duplicates are gone, and what is to be quarantined has to be there.
+    cap_after_filters = tolerance > 0 or log.users_above_cap == "quarantined"
     options = PrepareOptions(
         log_path=path,
         log_format=log.format,
@@ -45,15 +49,19 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
         rules=rules,
         max_rejected_share=log.max_rejected_share,
         drop_duplicates=log.duplicates == "drop",
-        max_user_events=log.max_user_events,
+        max_user_events=0 if cap_after_filters else log.max_user_events,
         shards=config.dataset.shards,
         parent=config.dataset.parent,
         rebuild=config.dataset.rebuild,
         deleted_users=config.dataset.deleted_users,
         deleted_items=config.dataset.deleted_items,
+        first_ids=config.dataset.first_ids,
     )
     settings = config.dataset
     filters = Filters(
+        duplicate_tolerance=tolerance,
+        max_user_events=log.max_user_events if cap_after_filters else 0,
+        users_above_cap=log.users_above_cap,
         drop_repeats=settings.drop_repeats,
         min_item_count=settings.min_item_count,
         min_user_events=settings.min_user_events,
@@ -61,9 +69,10 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
     )
     if filters.active:
         parent = SequenceDataset(settings.parent).catalogue if settings.parent else None
-        everything = replace(options, parent=f"{settings.parent}{UNFILTERED}" if settings.parent else "")
+        before = f"{settings.parent}{UNFILTERED}" if settings.parent else ""
+        everything = replace(options, parent=before, first_ids="appearance")
         base, _ = prepare_dataset(f"{config.dataset_url}{UNFILTERED}", everything, progress_of("prepare"), session.connect)
-        dataset, was_there = filter_dataset(config.dataset_url, base, filters, parent)
+        dataset, was_there = filter_dataset(config.dataset_url, base, filters, parent, session.connect, settings.first_ids)
     else:
         dataset, was_there = prepare_dataset(config.dataset_url, options, progress_of("prepare"), session.connect)
     facts = dataset.manifest
@@ -76,6 +85,8 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
         *([f"rejected: {reason}", count] for reason, count in facts["rows_rejected"].items()),
         *([f"filtered, {reason}", count] for reason, count in facts["rows_filtered"].items()),
         *([f"dropped, {reason}", count] for reason, count in facts["events_dropped"].items()),
+        *([f"quarantined, {reason}", count] for reason, count in facts["events_quarantined"].items()),
+        *([["users quarantined", facts["users_quarantined"]]] if facts["users_quarantined"] else []),
         *([["interactions of the parent", facts["interactions_of_parent"]]] if facts["interactions_of_parent"] else []),
         ["interactions", facts["interactions"]],
         ["users", facts["users"]],

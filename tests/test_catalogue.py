@@ -39,6 +39,14 @@ def test_new_items_are_ordered_by_first_seen_then_key():
     assert catalogue.num_items == 5
 
 
+def test_first_ids_by_count_break_ties_by_first_seen_then_key_and_end_with_the_first_night():
+    ties = [*ROWS, ("c", 2, 10, 10), ("z", 2, 5, 5)]
+    counted = build_catalogue(items_of(ties), first_ids="count")
+    assert counted.keys.to_pylist() == ["b", "é", "z", "a", "c", "first", "late"]
+    later = build_catalogue(items_of([("often", 9, 98, 99), ("once", 1, 97, 97)]), counted, "count")
+    assert later.keys.to_pylist()[7:] == ["once", "often"]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_ids_do_not_depend_on_the_order_or_the_chunks_of_the_rows(seed):
     shuffled = [ROWS[row] for row in np.random.default_rng(seed).permutation(len(ROWS))]

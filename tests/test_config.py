@@ -163,6 +163,13 @@ def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
             "has to come after",
             "log.from_partition=2026-11-02",
         ),
+        (
+            ["log.duplicate_tolerance=2.5", "log.duplicates=keep"],
+            "log.duplicate_tolerance=2.5",
+            "contradicts log.duplicates=keep",
+            "set log.duplicates=drop",
+        ),
+        (["log.users_above_cap=quarantined"], "log.users_above_cap=quarantined", "needs a cap", "set log.max_user_events"),
         (["log.max_user_events=-1"], "log.max_user_events=-1", "cannot be negative", "0 is no limit"),
         (
             ["batch.tokens=99", "train.workers=2"],
@@ -200,6 +207,8 @@ def test_an_impossible_combination_names_setting_rule_and_way_out(overrides, set
         "log.max_rejected_share=1.01",
         "log.max_rejected_share=-0.1",
         "log.max_key_bytes=0",
+        "log.duplicate_tolerance=-0.5",
+        "log.duplicate_tolerance=.inf",
         "synthetic.users=0",
         "synthetic.mean_length=3",
         "dataset.shards=-1",

@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import http.server
+import itertools
 import os
 import shutil
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,28 @@ def test_sequences_and_ids_do_not_depend_on_shards_files_order_or_tasks(dataset,
         assert {f"sequences/part-{shard:05d}.parquet" for shard in shard_of(users, shards)} <= {name}
     if shards == OPTIONS.shards:
         assert kept_files(other) == kept_files(dataset)  # to the byte
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize(("shards", "files"), [(1, 1), (3, 5)])
+def test_first_ids_by_count_put_the_frequent_first_and_later_nights_append(tmp_path, shards, files):
+    log = write_parquet(tmp_path / "log", CLEAN + DIRTY, files, seed=files)
+    counted, _ = prepare(tmp_path / "counted", log, shards=shards, first_ids="count")
+    occurs = Counter(item for _, item, _ in CLEAN)
+    by_count = sorted(expected_keys(CLEAN), key=lambda item: -occurs[item])  # stable: ties by first time, then by key
+    assert counted.catalogue.keys.to_pylist() == by_count != expected_keys(CLEAN)
+    assert counted.catalogue.table["count"].to_pylist() == sorted(occurs.values(), reverse=True)
+    for name in counted.shard_names:
+        shard = counted.read_shard(name, timestamps=True)
+        for begin, end in itertools.pairwise(shard.offsets):
+            pairs = list(zip(shard.timestamps[begin:end], shard.item_ids[begin:end], strict=True))
+            assert pairs == sorted(pairs), "at the same time by item_id, whatever gave the ids"
+    assert counted.manifest["inputs"]["first_ids"] == "count"
+    with pytest.raises(ConfigError, match="with other first_ids"):
+        prepare(tmp_path / "counted", log, shards=shards)
+    more = write_parquet(tmp_path / "more", [(1, 500, 20), (1, 400, 21), (2, 400, 22)])
+    later, _ = prepare(tmp_path / "later", f"{log},{more}", parent=counted.url, shards=shards, first_ids="count")
+    assert later.catalogue.keys.to_pylist() == [*by_count, 500, 400]
 
 
 def test_csv_keys_stay_the_text_they_are(tmp_path):

@@ -10,12 +10,10 @@ import numpy as np
 
 from lrurec_dist import __version__, storage
 from lrurec_dist.data.passes import Passes, passes_for
-from lrurec_dist.data.sequences import MIN_EVALUABLE, LengthHistogram, SequenceDataset, SequenceShard
+from lrurec_dist.data.sequences import AUDITS, MIN_EVALUABLE, LengthHistogram, SequenceDataset, SequenceShard
 from lrurec_dist.data.splits import PARTS, Part, Split, SplitBounds, places, trains
 from lrurec_dist.errors import DataQualityError
 from lrurec_dist.reporting import Progress
-
-AUDITS = "audits"  # below the dataset; not among the files that its manifest lists
 
 
 @dataclass(frozen=True)

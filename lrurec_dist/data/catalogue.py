@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -70,11 +70,14 @@ class Catalogue:
         return self.keys.take(pa.array(np.asarray(item_ids, dtype=np.int64) - 1)).to_pylist()
 
 
-def build_catalogue(items: pa.Table, parent: Catalogue | None = None) -> Catalogue:
+def build_catalogue(
+    items: pa.Table, parent: Catalogue | None = None, first_ids: Literal["appearance", "count"] = "appearance"
+) -> Catalogue:
     """A catalogue of the given items; those of `parent` keep their ids, new ones are appended.
 
     New items are ordered by (first_seen, item_key), so the ids depend on the events and not on how
-    they were read.
+    they were read; so they do with `first_ids` of `count`, which without a parent puts the more
+    frequent items before all that.
 
     Args:
         items: item_key, count, first_seen, last_seen; one row per item, in any order.
@@ -88,7 +91,8 @@ def build_catalogue(items: pa.Table, parent: Catalogue | None = None) -> Catalog
             f"the parent catalogue has {parent.keys.type} keys, the log {items['item_key'].type}; prepare without dataset.parent"
         )
     new = items.filter(pc.equal(pa.array((parent or _empty(items)).ids_of(items["item_key"])), 0))
-    new = new.sort_by([("first_seen", "ascending"), ("item_key", "ascending")])
+    by_count = [("count", "descending")] if first_ids == "count" and parent is None else []
+    new = new.sort_by([*by_count, ("first_seen", "ascending"), ("item_key", "ascending")])
     first_id = parent.num_items + 1 if parent else 1
     appended = pa.table(
         {

@@ -1,5 +1,7 @@
 """Item ids of a preparation: from what its parts saw to the catalogue, with the figures of what is kept."""
 
+from typing import Literal
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,7 +12,9 @@ from lrurec_dist.data.passes import PartReport
 from lrurec_dist.data.shards import ShardReport
 
 
-def catalogue_of(parts: list[PartReport], parent: Catalogue | None) -> tuple[Catalogue, list[np.ndarray]]:
+def catalogue_of(
+    parts: list[PartReport], parent: Catalogue | None, first_ids: Literal["appearance", "count"]
+) -> tuple[Catalogue, list[np.ndarray]]:
     """The catalogue, and for each part the item_id (int32) of each of its codes."""
     tables = [part.items for part in parts if part.items.num_rows]
     if tables:
@@ -20,7 +24,7 @@ def catalogue_of(parts: list[PartReport], parent: Catalogue | None) -> tuple[Cat
             .aggregate([("count", "sum"), ("first_seen", "min"), ("last_seen", "max")])
             .rename_columns(["item_key", "count", "first_seen", "last_seen"])
         )
-        catalogue = build_catalogue(items, parent)
+        catalogue = build_catalogue(items, parent, first_ids)
     else:
         assert parent is not None, "a first night without events was refused before"
         catalogue = parent

@@ -4,15 +4,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lrurec_dist import storage
-from lrurec_dist.data.audit import AUDITS
 from lrurec_dist.data.catalogue import save_catalogue
 from lrurec_dist.data.events import EventRules, inspect_schemas
 from lrurec_dist.data.numbering import catalogue_of, deleted_ids, keys_in, with_figures
 from lrurec_dist.data.passes import PartReport, passes_for
-from lrurec_dist.data.sequences import LENGTHS, SCHEMA_VERSION, SequenceDataset
+from lrurec_dist.data.sequences import LENGTHS, SCHEMA_VERSION, SequenceDataset, remove_leftovers
 from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport, describe_shards, save_lengths
 from lrurec_dist.data.sources import ReadUnit, Source, TableSnapshot, read_units, resolve_sources
 from lrurec_dist.data.tables import check_merge, check_names, pin_table
@@ -31,6 +30,8 @@ class PrepareOptions:
     `parent` is an earlier dataset: its sequences are merged with the files of the log that it has
     not seen; with `rebuild` the whole log is read again and only its item ids are kept.
     `deleted_users` and `deleted_items` are files of keys, one a line, of whom nothing is kept.
+    `first_ids`: without a parent, item ids follow the first appearance, or how often the rows that
+    were read and are usable name an item, duplicates included.
     """
 
     log_path: str
@@ -48,6 +49,7 @@ class PrepareOptions:
     rebuild: bool = False
     deleted_users: str = ""
     deleted_items: str = ""
+    first_ids: Literal["appearance", "count"] = "appearance"
 
 
 def prepare_dataset(
@@ -89,7 +91,7 @@ def prepare_dataset(
     inputs = _inputs(options, sources, table, parent, base)
     if storage.is_committed(url):
         return _found(url, options, inputs), True
-    _remove_leftovers(url)
+    remove_leftovers(url)
     laps = _Laps()
     fresh = sources if base is None else _unseen(sources, table, base, inputs)
     if table is not None:
@@ -114,7 +116,7 @@ def prepare_dataset(
 
     user_type = _one_type("user", [part.user_type for part in parts], base)
     _one_type("item", [str(part.items["item_key"].type) if part.items.num_rows else None for part in parts], None)
-    catalogue, ids = catalogue_of(parts, parent.catalogue if parent else None)
+    catalogue, ids = catalogue_of(parts, parent.catalogue if parent else None, options.first_ids)
     merge_rules = MergeRules(
         drop_duplicates=options.drop_duplicates,
         max_user_events=options.max_user_events,
@@ -155,6 +157,8 @@ def prepare_dataset(
         "rows_rejected": rejected,
         "rows_filtered": _summed(part.filtered for part in parts),
         "events_dropped": dropped,
+        "events_quarantined": {},
+        "users_quarantined": 0,
         "interactions_of_parent": before,
         **figures,
         "num_items": catalogue.num_items,
@@ -213,6 +217,7 @@ def _inputs(
         "deleted": {path: storage.file_sha256(path) for path in (options.deleted_users, options.deleted_items) if path},
         "parent": parent.identity if parent else None,
         "merged": base is not None,
+        "first_ids": options.first_ids,
         "shards": shards,
         "sources": {**seen, **{source.url: source.version for source in sources}},
         "table": {"format": table.format, "location": table.location, "snapshot": table.snapshot} if table else None,
@@ -241,8 +246,9 @@ def _unseen(sources: list[Source], table: TableSnapshot | None, base: SequenceDa
     before = base.manifest["inputs"]
     if "filters" in before:
         raise ConfigError(
-            f"dataset.parent={base.url}: was filtered, so what it lacks is not known; give the same dataset.min_item_count, "
-            "dataset.min_user_events, dataset.k_core and dataset.drop_repeats, or set dataset.rebuild=true"
+            f"dataset.parent={base.url}: was filtered, so what it lacks is not known; give the same log.duplicate_tolerance, "
+            "log.users_above_cap, dataset.drop_repeats, dataset.min_item_count, dataset.min_user_events and dataset.k_core, or set "
+            "dataset.rebuild=true"
         )
     same = ("columns", "timestamp_unit", "keep", "window", "max_key_bytes", "drop_duplicates", "max_user_events")
     differing = [name for name in same if before[name] != inputs[name]]
@@ -269,6 +275,8 @@ def _unchanged(url: str, base: SequenceDataset, inputs: dict[str, Any]) -> Seque
         "rows_rejected": {},
         "rows_filtered": {},
         "events_dropped": {},
+        "events_quarantined": {},
+        "users_quarantined": 0,
         "new_items": 0,
         "schema_notes": [],
         "seconds": dict.fromkeys(base.manifest["seconds"], 0.0),
@@ -281,17 +289,6 @@ def _unchanged(url: str, base: SequenceDataset, inputs: dict[str, Any]) -> Seque
     same = {"same_as": base.place, "same_as_identity": base.identity, "interactions_of_parent": base.manifest["interactions"]}
     storage.commit(url, description | same)
     return SequenceDataset(url)
-
-
-def _remove_leftovers(url: str) -> None:
-    """Delete what an interrupted preparation left, and refuse to touch anything else."""
-    ours = ("catalogue/", "sequences/", "quarantine/", f"{AUDITS}/", LENGTHS)
-    foreign = [name for name in storage.list_files(url) if not name.startswith(ours)]
-    if foreign:
-        raise ConfigError(
-            f"dataset.dir={url}: holds {foreign[0]}, which no preparation wrote; give an empty directory or a new one"
-        )
-    storage.remove_tree(url)
 
 
 def _check_quality(options: PrepareOptions, rows_read: int, rejected: dict[str, int], events: int, *, merged: bool) -> None:

@@ -10,10 +10,11 @@ import pyarrow as pa
 
 from lrurec_dist import storage
 from lrurec_dist.data.catalogue import Catalogue, load_catalogue
-from lrurec_dist.errors import CatalogueError, DataQualityError, IntegrityError
+from lrurec_dist.errors import CatalogueError, ConfigError, DataQualityError, IntegrityError
 
 SCHEMA_VERSION = 3
 LENGTHS = "lengths.parquet"  # below the dataset: the histogram of each shard
+AUDITS = "audits"  # below the dataset: its splits, proved; not among the files that its manifest lists
 MIN_EVALUABLE = 3  # leave-last-out needs one target for test, one for validation, one to train on
 
 
@@ -127,12 +128,32 @@ class SequenceDataset:
 
     def read_shard(self, name: str, *, timestamps: bool = False) -> SequenceShard:
         """The sequences in one file, with their timestamps where asked for."""
-        columns = ["user_key", "item_ids", *(["timestamps"] if timestamps else [])]
-        table = storage.read_table(storage.join(self.place, name), columns=columns)
-        lists = table["item_ids"].combine_chunks()
-        return SequenceShard(
-            user_keys=table["user_key"].combine_chunks(),
-            offsets=lists.offsets.to_numpy().astype(np.int64),
-            item_ids=lists.values.to_numpy().astype(np.int64),
-            timestamps=table["timestamps"].combine_chunks().values.to_numpy().astype(np.int64) if timestamps else None,
+        return read_shard(self.place, name, timestamps=timestamps)
+
+
+def read_shard(place: str, name: str, *, timestamps: bool = False) -> SequenceShard:
+    """The sequences in one file of the dataset whose files lie at `place`, with their timestamps where asked for."""
+    columns = ["user_key", "item_ids", *(["timestamps"] if timestamps else [])]
+    table = storage.read_table(storage.join(place, name), columns=columns)
+    lists = table["item_ids"].combine_chunks()
+    return SequenceShard(
+        user_keys=table["user_key"].combine_chunks(),
+        offsets=lists.offsets.to_numpy().astype(np.int64),
+        item_ids=lists.values.to_numpy().astype(np.int64),
+        timestamps=table["timestamps"].combine_chunks().values.to_numpy().astype(np.int64) if timestamps else None,
+    )
+
+
+def remove_leftovers(url: str) -> None:
+    """Delete what an interrupted preparation left of a dataset.
+
+    Raises:
+        ConfigError: something else lies there, and stays.
+    """
+    ours = ("catalogue/", "sequences/", "quarantine/", f"{AUDITS}/", LENGTHS)
+    foreign = [name for name in storage.list_files(url) if not name.startswith(ours)]
+    if foreign:
+        raise ConfigError(
+            f"dataset.dir={url}: holds {foreign[0]}, which no preparation wrote; give an empty directory or a new one"
         )
+    storage.remove_tree(url)

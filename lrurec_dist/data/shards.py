@@ -12,6 +12,7 @@ from lrurec_dist.data.catalogue import as_keys
 from lrurec_dist.data.sequences import LENGTHS, MIN_EVALUABLE, LengthHistogram
 
 TIE_RULE = "timestamp, then item_id"
+BEYOND_LAST = "beyond a user's last"  # why an event was dropped
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in splitmix64
 
 
@@ -151,12 +152,18 @@ def write_shard(url: str, name: str, new: pa.Table, parent: pa.Table | None, rul
             users, item_ids, timestamps = users[first], item_ids[first], timestamps[first]
     lengths = np.bincount(users, minlength=len(keys))
     if rules.max_user_events and lengths.max(initial=0) > rules.max_user_events:
-        from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(users))
-        recent = from_end <= rules.max_user_events
-        dropped["beyond a user's last"] = int((~recent).sum())
+        recent = among_last(lengths, rules.max_user_events)
+        dropped[BEYOND_LAST] = int((~recent).sum())
         users, item_ids, timestamps = users[recent], item_ids[recent], timestamps[recent]
         lengths = np.minimum(lengths, rules.max_user_events)
     return write_sequences(url, name, keys, lengths, item_ids, timestamps, dropped, events_in)
+
+
+def among_last(lengths: np.ndarray, count: int) -> np.ndarray:
+    """bool for each interaction of users' sequences, given end to end: it is one of its user's last `count`."""
+    from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum())
+    recent: np.ndarray = from_end <= count
+    return recent
 
 
 def write_sequences(

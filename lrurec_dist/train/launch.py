@@ -52,7 +52,7 @@ def launch_training(config: Config) -> None:
             name=f"attempt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
             storage_path=storage.join(config.run_dir, "ray"),
             failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},  # type: ignore[call-arg]
         ),
     )
     try:
