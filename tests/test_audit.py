@@ -85,6 +85,13 @@ def test_the_audit_of_leave_last_out_counts_ties_at_the_cut(by_hand):
     }
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_new_item_counts_for_every_user_who_is_asked_for_it(tmp_path, shards):
+    dataset = write_dataset(str(tmp_path), [[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 3, 2]], 3, shards=shards)
+    found = audit(dataset, Split())
+    assert (found["validation_new_items"], found["test_new_items"], found["items_never_trained"]) == (4, 4, 2)
+
+
 def test_an_audit_is_the_same_for_any_number_of_shards_and_fits_a_manifest(tmp_path):
     draw = np.random.default_rng(3)
     times = [sorted(draw.integers(0, 30, draw.integers(1, 12)).tolist()) for _ in range(40)]

@@ -185,6 +185,7 @@ def test_training_is_a_bar_of_steps_on_a_terminal_and_lines_elsewhere(tmp_path: 
     assert re.search(r"train: trained:  50%\|.*\| 10/20 \[.*loss 5.0000, recall@10 0.2500\]", text), text
     assert re.search(r"train: ranked:  50%\|.*\| 2/4 \[", text), text
     assert re.search(r"train: trained:  75%\|.*\| 15/20 \[", text), text
+    assert "ranked" not in text.partition("train: validation at")[2], "the ranking's bar goes with the ranking"
     (line, empty) = screen
     assert (line.startswith("train: validation at step 10: recall@10 0.5000"), empty) == (True, "")
     command = [sys.executable, "-c", FOLLOWED.replace("{path}", f"{tmp_path}/pipe.jsonl")]

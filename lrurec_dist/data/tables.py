@@ -28,7 +28,7 @@ def pin_table(path: str, *, log_format: str, snapshot: str, partition_column: st
         TryAgainError: the catalogue or the store fails for a reason that passes.
     """
     if log_format == "auto":
-        parts = [part.strip() for part in path.split(",")]
+        parts = [stripped for part in path.split(",") if (stripped := part.strip())]
         table = next((part for part in parts if _is_delta(part)), None)
         if table is not None and len(parts) > 1:
             raise ConfigError(f"log.path={path}: {table} is a Delta table, and a table stands alone; prepare the others apart")
