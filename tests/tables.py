@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyiceberg.catalog
+import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog import Catalog
 from pyiceberg.manifest import (
@@ -27,17 +29,30 @@ from pyiceberg.table.snapshots import Operation
 from pyiceberg.table.update.snapshot import _FastAppendFiles
 from pyiceberg.transforms import IdentityTransform
 from pyiceberg.typedef import Record
+from pyiceberg.utils.config import Config as IcebergSettings
 from pyroaring import BitMap64
 
-from tests.dirty_log import Row
+from tests.dirty_log import CLEAN, DIRTY, Row
 
 COLUMNS = ("user", "item", "time")
+ROWS = CLEAN + DIRTY
+NIGHTS = [ROWS[0::3], ROWS[1::3], [*ROWS[2::3], *ROWS[3:6]]]  # each late for the others, and three events twice
+DATES = ["2026-11-01", "2026-11-02", "a b:c/%é"]
+RULES = {"drop_duplicates": True, "max_rejected_share": 1.0}
 
 
 def night_of(rows: Sequence[Row], date: str | None = None) -> pa.Table:
     """Rows as a table writer takes them, with a column `date` if one is given."""
     columns = {name: pa.array([row[at] for row in rows], pa.int64()) for at, name in enumerate(COLUMNS)}
     return pa.table(columns | ({} if date is None else {"date": pa.array([date or None] * len(rows), pa.string())}))
+
+
+def as_parquet(directory: Path, *nights: pa.Table) -> str:
+    """Each night as a plain Parquet file."""
+    directory.mkdir()
+    for index, night in enumerate(nights):
+        pq.write_table(night, directory / f"{index}.parquet")
+    return str(directory)
 
 
 def append_delta(url: str | Path, *nights: pa.Table, storage_options: dict[str, str] | None = None) -> str:
@@ -137,3 +152,12 @@ def delete_row_of_iceberg(table: Table, content: DataFileContent) -> None:
     )
     with table.transaction() as transaction:
         _RowDelete(operation=Operation.OVERWRITE, transaction=transaction, io=table.io, delete=delete).commit()
+
+
+@pytest.fixture
+def catalogue(tmp_path, monkeypatch):
+    """An Iceberg catalogue of the test's own, known to pyiceberg by its environment."""
+    monkeypatch.setenv("PYICEBERG_CATALOG__DEFAULT__URI", f"sqlite:///{tmp_path}/catalogue.db")
+    monkeypatch.setenv("PYICEBERG_CATALOG__DEFAULT__WAREHOUSE", f"file://{tmp_path}/warehouse")
+    monkeypatch.setattr(pyiceberg.catalog, "_ENV_CONFIG", IcebergSettings())  # pyiceberg reads it when it is imported
+    return pyiceberg.catalog.load_catalog()
