@@ -122,5 +122,7 @@ def test_no_targets_give_zero_and_no_negatives_are_refused() -> None:
     sampler = NegativeSampler(COUNTS, "uniform")
     total, count = sampled_softmax_loss(*tensors, targets, sampler.draw(3, 0), sampler.log_probability)
     assert (total.item(), count) == (0.0, 0)
+    # absent gradients would stop a rank that has no targets
+    assert all(gradient.abs().sum() == 0 for gradient in torch.autograd.grad(total, tensors))
     with pytest.raises(LrurecError, match="at least one"):
         sampled_softmax_loss(*tensors, targets, sampler.draw(0, 0), sampler.log_probability)

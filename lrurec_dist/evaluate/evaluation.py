@@ -22,13 +22,15 @@ from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.evaluate.ranking import target_ranks
 from lrurec_dist.model.item_table import ItemTable
 from lrurec_dist.model.process import arrange_cpu
+from lrurec_dist.model.sharded_table import ShardedItemTable
 from lrurec_dist.reporting import Progress, silent
 
 
 class Encoder(Protocol):
     """What can be ranked: histories to vectors, and a table to score them with."""
 
-    table: ItemTable
+    @property
+    def table(self) -> ItemTable | ShardedItemTable: ...
 
     def encode(self, item_ids: Tensor) -> Tensor: ...
 

@@ -1,6 +1,7 @@
 """Where a target stands among all items, and which items stand first: exact, by one tiled product."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,18 +12,41 @@ from lrurec_dist.errors import LrurecError
 TILE_ELEMENTS = 1 << 23  # scores held at a time
 
 
+class ItemRows(NamedTuple):
+    """Which items the rows of a table belong to: row i to item first + i * stride, up to item num_items."""
+
+    first: int
+    stride: int
+    num_items: int
+
+    def find(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """For item_ids (n,): bool, whether an item is among these rows, and its row, 0 if it is not."""
+        here = item_ids % self.stride == self.first
+        return here, torch.where(here, item_ids // self.stride, 0)
+
+
+def _all_rows(weight: Tensor) -> ItemRows:
+    return ItemRows(first=PAD_ID, stride=1, num_items=weight.shape[0] - 1)
+
+
 def _score_tiles(
-    vectors: Tensor, weight: Tensor, bias: Tensor, excluded_rows: Tensor, excluded_ids: Tensor
+    vectors: Tensor, weight: Tensor, bias: Tensor, excluded_rows: Tensor, excluded_ids: Tensor, items: ItemRows
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, scores (rows, num_items + 1)) with -inf for padding and for excluded items."""
-    step = max(1, TILE_ELEMENTS // weight.shape[0])
+    """(users, scores (users, rows of weight)) with -inf for padding and for excluded items.
+
+    The tiles are the same for every part of a catalogue with that stride.
+    """
+    step = max(1, TILE_ELEMENTS // (items.num_items // items.stride + 1))
+    here, columns = items.find(excluded_ids)
+    excluded_rows, columns = excluded_rows[here], columns[here]
     for begin in range(0, vectors.shape[0], step):
-        rows = slice(begin, min(begin + step, vectors.shape[0]))
-        scores = torch.addmm(bias, vectors[rows], weight.T)
-        scores[:, PAD_ID] = -torch.inf
-        here = (excluded_rows >= rows.start) & (excluded_rows < rows.stop)
-        scores[excluded_rows[here] - rows.start, excluded_ids[here]] = -torch.inf
-        yield rows, scores
+        users = slice(begin, min(begin + step, vectors.shape[0]))
+        scores = torch.addmm(bias, vectors[users], weight.T)
+        if items.first == PAD_ID:
+            scores[:, 0] = -torch.inf
+        here = (excluded_rows >= users.start) & (excluded_rows < users.stop)
+        scores[excluded_rows[here] - users.start, columns[here]] = -torch.inf
+        yield users, scores
 
 
 def target_ranks(
@@ -46,23 +70,51 @@ def target_ranks(
     Raises:
         LrurecError: a score is not finite, so that no ranking exists.
     """
-    ranks = torch.empty_like(targets)
-    item_ids = torch.arange(weight.shape[0], device=weight.device)
-    for rows, scores in _score_tiles(vectors, weight, bias, excluded_rows, excluded_ids):
-        target = targets[rows, None]
-        target_score = scores.gather(1, target)
+    ahead, excluded = count_ahead(vectors, weight, bias, targets, excluded_rows, excluded_ids, _all_rows(weight), lambda x: x)
+    return torch.where(excluded, weight.shape[0], 1 + ahead)
+
+
+def count_ahead(
+    vectors: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    excluded_rows: Tensor,
+    excluded_ids: Tensor,
+    items: ItemRows,
+    share: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """How many candidates among some items stand before each target.
+
+    Args:
+        as `target_ranks`, but weight and bias are those of `items` only.
+        items: the items counted.
+        share: called for a tile of users with the target's score where the target is among `items`, 0 elsewhere; returns the
+            target's score. Every part of a catalogue with that stride calls it equally often.
+
+    Returns:
+        (users,) int64, and (users,) bool: whether the target is itself excluded.
+
+    Raises:
+        LrurecError: as `target_ranks`.
+    """
+    ahead, excluded = torch.empty_like(targets), torch.empty_like(targets, dtype=torch.bool)
+    item_ids = torch.arange(items.first, items.num_items + 1, items.stride, device=weight.device)
+    for users, scores in _score_tiles(vectors, weight, bias, excluded_rows, excluded_ids, items):
+        target = targets[users]
+        here, column = items.find(target)
+        target_score = share(scores.gather(1, column[:, None]).squeeze(1).where(here, 0))[:, None]
         if torch.isnan(target_score).any():
             raise LrurecError("a target's score is nan: the model has diverged and ranks nothing")
-        excluded = target_score.squeeze(1) == -torch.inf
+        excluded[users] = target_score.squeeze(1) == -torch.inf
         buffer = torch.empty_like(scores)
         above = _count(torch.gt(scores, target_score, out=buffer))
         at_least = _count(torch.ge(scores, target_score, out=buffer))
-        tied = ((at_least - above > 1) & ~excluded).nonzero().squeeze(1)  # rare: somebody has the target's score
-        before = (scores[tied] == target_score[tied]) & (item_ids < target[tied])
-        rank = 1 + above
-        rank[tied] += before.sum(1)
-        ranks[rows] = torch.where(excluded, weight.shape[0], rank)
-    return ranks
+        tied = ((at_least - above > here.long()) & ~excluded[users]).nonzero().squeeze(1)  # rare: others have the target's score
+        before = (scores[tied] == target_score[tied]) & (item_ids < target[tied, None])
+        above[tied] += before.sum(1)
+        ahead[users] = above
+    return ahead, excluded
 
 
 def _count(ones: Tensor) -> Tensor:
@@ -74,21 +126,28 @@ def _count(ones: Tensor) -> Tensor:
 
 
 def top_k(
-    vectors: Tensor, weight: Tensor, bias: Tensor, k: int, excluded_rows: Tensor, excluded_ids: Tensor
+    vectors: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    excluded_rows: Tensor,
+    excluded_ids: Tensor,
+    items: ItemRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best candidates of each user, ordered by (-score, item_id).
 
     Args:
         as `target_ranks`; k may exceed the number of candidates.
+        items: the items that weight and bias belong to; all of them when None.
 
     Returns:
         (users, k) int64 item ids and float scores; `PAD_ID` and -inf where candidates run out.
     """
-    users, num_classes = vectors.shape[0], weight.shape[0]
-    ids = torch.full((users, k), PAD_ID, dtype=torch.int64, device=vectors.device)
-    best = torch.full((users, k), -torch.inf, dtype=vectors.dtype, device=vectors.device)
-    for rows, scores in _score_tiles(vectors, weight, bias, excluded_rows, excluded_ids):
-        bar = torch.topk(scores, min(k, num_classes), dim=1).values[:, -1:]
+    items = items or _all_rows(weight)
+    ids = torch.full((vectors.shape[0], k), PAD_ID, dtype=torch.int64, device=vectors.device)
+    best = torch.full((vectors.shape[0], k), -torch.inf, dtype=vectors.dtype, device=vectors.device)
+    for users, scores in _score_tiles(vectors, weight, bias, excluded_rows, excluded_ids, items):
+        bar = torch.topk(scores, min(k, scores.shape[1]), dim=1).values[:, -1:]
         # topk breaks ties as it likes: take all that reach the bar, order them, cut.
         user, item = ((scores >= bar) & (scores > -torch.inf)).nonzero(as_tuple=True)
         score = scores[user, item]
@@ -98,6 +157,6 @@ def top_k(
         first = torch.searchsorted(user, torch.arange(scores.shape[0], device=user.device))
         place = torch.arange(len(user), device=user.device) - first[user]
         kept = place < k
-        ids[rows.start + user[kept], place[kept]] = item[kept]
-        best[rows.start + user[kept], place[kept]] = score[kept]
+        ids[users.start + user[kept], place[kept]] = items.first + items.stride * item[kept]
+        best[users.start + user[kept], place[kept]] = score[kept]
     return ids, best

@@ -1,5 +1,8 @@
 """Softmax over the catalogue, streamed: the (targets x items) matrix is never built."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,9 +54,7 @@ def softmax_loss(
     Raises:
         LrurecError: shapes do not fit, or a target is not an item.
     """
-    check_loss_inputs(vectors, weight, bias, targets)
-    if target_weights is not None and target_weights.shape != targets.shape:
-        raise LrurecError(f"target_weights {tuple(target_weights.shape)} has to be (targets,) = {tuple(targets.shape)}")
+    check_loss_inputs(vectors, weight, bias, targets, target_weights, num_items=weight.shape[0] - 1)
     first_class = PAD_ID if include_padding_class else PAD_ID + 1
     total: Tensor = _StreamedSoftmax.apply(
         vectors, weight, bias, targets, target_weights, first_class, unit_rows, product_dtype, tile_elements
@@ -61,7 +62,9 @@ def softmax_loss(
     return total, targets.numel()
 
 
-def check_loss_inputs(vectors: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None:
+def check_loss_inputs(
+    vectors: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, target_weights: Tensor | None, *, num_items: int
+) -> None:
     """Refuse shapes that do not fit each other and targets that are no items.
 
     Raises:
@@ -72,71 +75,122 @@ def check_loss_inputs(vectors: Tensor, weight: Tensor, bias: Tensor, targets: Te
             f"vectors {tuple(vectors.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)} and targets "
             f"{tuple(targets.shape)} have to be (targets, dim), (classes, dim), (classes,) and (targets,)"
         )
+    if target_weights is not None and target_weights.shape != targets.shape:
+        raise LrurecError(f"target_weights {tuple(target_weights.shape)} has to be (targets,) = {tuple(targets.shape)}")
     require(
-        (targets > PAD_ID) & (targets < weight.shape[0]),
-        f"targets: one lies outside the catalogue, which runs from 1 to {weight.shape[0] - 1}",
+        (targets > PAD_ID) & (targets <= num_items),
+        f"targets: one lies outside the catalogue, which runs from 1 to {num_items}",
     )
 
 
 class _StreamedSoftmax(torch.autograd.Function):
-    """Tiles are (items, targets): item rows come first in every product, the faster way round on CPUs."""
+    """`stream` over all rows at once, its gradients kept for the way back."""
 
     @staticmethod
     def forward(ctx, vectors, weight, bias, targets, target_weights, first_class, unit_rows, product_dtype, tile_elements):  # type: ignore[no-untyped-def]
-        with_gradient = any(ctx.needs_input_grad[:3])
-        total = vectors.new_zeros(())
-        num_targets, num_classes = targets.numel(), weight.shape[0] - first_class
-        # Targets of factor zero fill the last cache line; they add nothing to any sum.
-        padding = -num_targets % LINE
-        factors = nn.functional.pad(
-            torch.ones_like(targets, dtype=total.dtype) if target_weights is None else target_weights, (0, padding)
+        factors = torch.ones_like(targets, dtype=vectors.dtype) if target_weights is None else target_weights
+        each, ctx.gradients = stream(
+            Items(weight, bias, unit_rows, product_dtype or weight.dtype),
+            vectors,
+            targets,
+            factors,
+            first_class=first_class,
+            tile=tile_shape(targets.numel(), weight.shape[0] - first_class, tile_elements),
+            with_gradient=any(ctx.needs_input_grad[:3]),
         )
-        vectors, targets = (
-            nn.functional.pad(vectors, (0, 0, 0, padding)),
-            nn.functional.pad(targets, (0, padding), value=PAD_ID + 1),
-        )
-        items = _Items(weight, bias, unit_rows, product_dtype or weight.dtype)
-        rows, columns = tile_shape(num_targets, num_classes, tile_elements)
-        tiles = [(low, min(low + columns, len(weight))) for low in range(first_class, len(weight), columns)]
-        grads = tuple(torch.zeros_like(x) for x in (vectors, weight, bias)) if with_gradient else ()
-
-        for begin in range(0, num_targets, rows):
-            here = slice(begin, begin + rows)
-            user, target, factor = vectors[here], targets[here], factors[here]
-            target_score = (user * items.rows_of(target)).sum(1) + bias[target]
-            highest, exp_sum = torch.full_like(target_score, -torch.inf), torch.zeros_like(target_score)
-            for low, high in tiles:
-                tile = items.exponentials(low, high, user, highest, exp_sum)
-            total += ((torch.log(exp_sum) + highest - target_score) * factor).sum()
-            if not with_gradient:
-                continue
-            grad_vectors, grad_weight, grad_bias = grads
-            # exp(score - highest) / exp_sum is the probability; the division goes into the users,
-            # few numbers, and not over the tile
-            scale = factor / exp_sum
-            for low, high in tiles:
-                if len(tiles) > 1:
-                    tile = items.exponentials(low, high, user, highest, None)
-                items.multiply(tile, low, high, user * scale[:, None], grad_vectors[here], grad_weight[low:high])
-                grad_bias[low:high] += torch.mv(tile, scale.to(tile.dtype))
-            grad_vectors[here] *= scale[:, None]
-            grad_vectors[here] -= items.rows_of(target) * factor[:, None]
-            grad_weight.index_add_(0, target, user * -factor[:, None])
-            grad_bias.index_add_(0, target, -factor)
-        if with_gradient:
-            items.finish(grads[1])
-            grads = (grads[0][:num_targets], *grads[1:])
-        ctx.gradients = grads
-        return total
+        return (each * factors).sum()
 
     @staticmethod
     def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
-        gradients = tuple(
-            gradient.mul_(grad_total) if needed else None
-            for gradient, needed in zip(ctx.gradients, ctx.needs_input_grad[:3], strict=True)
-        )
-        del ctx.gradients  # scaled in place: this function is differentiated once
-        return (*gradients, None, None, None, None, None, None)
+        return (*scaled_gradients(ctx, grad_total), None, None, None, None, None, None)
+
+
+def scaled_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+    """ctx.gradients of the first inputs times grad_total; in place, for a function is differentiated once."""
+    gradients = tuple(
+        gradient.mul_(grad_total) if needed else None
+        for gradient, needed in zip(ctx.gradients, ctx.needs_input_grad[: len(ctx.gradients)], strict=True)
+    )
+    del ctx.gradients
+    return gradients
+
+
+def stream(
+    items: "Items",
+    vectors: Tensor,
+    target_rows: Tensor,
+    factors: Tensor,
+    *,
+    first_class: int,
+    tile: tuple[int, int],
+    with_gradient: bool,
+    owned: Tensor | None = None,
+    combine: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Cross entropies of the targets, tile by tile, and their gradients.
+
+    Args:
+        items: the classes; all of them, or one rank's part.
+        vectors: (targets, dim).
+        target_rows: (targets,) the rows of `items` that are the answers.
+        factors: (targets,) of the cross entropies in the sum that is differentiated.
+        first_class: rows of `items` before this one are no classes.
+        tile: targets and items per tile.
+        with_gradient: whether there is something to differentiate.
+        owned: (targets,) bool, whether the answer is among `items`; all are when None.
+        combine: takes (targets,) the highest score, the sum of exp(score - highest) and the target's score (0 where
+            not owned) over `items`, and returns the same over all classes. Called equally often, on equally many
+            targets, for equal `tile` and number of targets.
+
+    Returns:
+        (targets,) cross entropies without factors, and the gradients of sum(factors * cross entropies) with
+        respect to vectors, rows and biases, as far as `items` contribute; () without gradient.
+
+    Tiles are (items, targets): item rows come first in every product, the faster way round on CPUs.
+    """
+    num_targets, (block, columns) = target_rows.numel(), tile
+    # Targets of factor zero fill the last cache line; they add nothing to any sum.
+    padding = (0, -num_targets % LINE)
+    vectors, factors = nn.functional.pad(vectors, (0, 0, *padding)), nn.functional.pad(factors, padding)
+    target_rows = nn.functional.pad(target_rows, padding, value=first_class)
+    owned = None if owned is None else nn.functional.pad(owned, padding)
+    tiles = [(low, min(low + columns, len(items.weight))) for low in range(first_class, len(items.weight), columns)]
+    each = torch.empty_like(factors)
+    grads = tuple(torch.zeros_like(x) for x in (vectors, items.weight, items.bias)) if with_gradient else ()
+
+    for begin in range(0, num_targets, block):
+        here = slice(begin, begin + block)
+        user, target, factor = vectors[here], target_rows[here], factors[here]
+        target_score = (user * items.rows_of(target)).sum(1) + items.bias[target]
+        target_factor = factor
+        if owned is not None:
+            target_score, target_factor = target_score.where(owned[here], 0), factor * owned[here]
+        highest, exp_sum = torch.full_like(target_score, -torch.inf), torch.zeros_like(target_score)
+        for low, high in tiles:
+            exponentials = items.exponentials(low, high, user, highest, exp_sum)
+        highest_here = highest
+        if combine is not None:
+            highest, exp_sum, target_score = combine(highest, exp_sum, target_score)
+        each[here] = torch.log(exp_sum) + highest - target_score
+        if not with_gradient:
+            continue
+        grad_vectors, grad_weight, grad_bias = grads
+        # exp(score - highest) / exp_sum is the probability; the division goes into the users,
+        # few numbers, and not over the tile
+        scale = factor / exp_sum * torch.exp(highest_here - highest)
+        for low, high in tiles:
+            if len(tiles) > 1:
+                exponentials = items.exponentials(low, high, user, highest_here, None)
+            items.multiply(exponentials, low, high, user * scale[:, None], grad_vectors[here], grad_weight[low:high])
+            grad_bias[low:high] += torch.mv(exponentials, scale.to(exponentials.dtype))
+        grad_vectors[here] *= scale[:, None]
+        grad_vectors[here] -= items.rows_of(target) * target_factor[:, None]
+        grad_weight.index_add_(0, target, user * -target_factor[:, None])
+        grad_bias.index_add_(0, target, -target_factor)
+    if with_gradient:
+        items.finish(grads[1])
+        grads = (grads[0][:num_targets], *grads[1:])
+    return each[:num_targets], grads
 
 
 def tile_shape(num_targets: int, num_classes: int, tile_elements: int) -> tuple[int, int]:
@@ -150,7 +204,7 @@ def tile_shape(num_targets: int, num_classes: int, tile_elements: int) -> tuple[
     return -(-max(1, num_targets) // (blocks * LINE)) * LINE, columns
 
 
-class _Items:
+class Items:
     """Item rows as the products take them: as they are or of unit length, in the type of the products."""
 
     def __init__(self, weight: Tensor, bias: Tensor, unit_rows: bool, dtype: torch.dtype) -> None:

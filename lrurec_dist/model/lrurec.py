@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lrurec_dist import PAD_ID
+from lrurec_dist.errors import LrurecError
 from lrurec_dist.model.checks import require
 from lrurec_dist.model.dropout import Dropout
 from lrurec_dist.model.item_table import ItemTable
 from lrurec_dist.model.scan import parallel_scan
+from lrurec_dist.model.sharded_table import ShardedItemTable
 
 RECURRENCE = ("nu_log", "theta_log", "gamma_log")  # float32 always, no weight decay by default
 
@@ -84,11 +86,17 @@ class LRURec(nn.Module):
         dropout: probability, on embeddings and inside both layers.
         ring: decay moduli start uniformly (in area) between these two.
         temperature: above 0, an item's score is cosine / temperature + bias instead of product + bias.
+        table: item rows to use instead of rows of its own; it keeps its values, and is as wide and as long as said here.
         compute_dtype: of projections and feed-forward, the parameters' own when None. Item rows,
             residual path, LayerNorm and the recurrence keep the parameters' type under bfloat16.
 
     Parameters are drawn from torch's global generator: seed it for a repeatable model. As in the
     original, all but LayerNorm and the recurrence are truncated normal, std 0.02 within +-0.04.
+
+    With a `ShardedItemTable` every rank has to run the model equally often, with or without positions to keep.
+
+    Raises:
+        LrurecError: `table` is of another size.
     """
 
     def __init__(
@@ -102,17 +110,23 @@ class LRURec(nn.Module):
         ring: tuple[float, float] = (0.8, 0.99),
         temperature: float = 0.0,
         compute_dtype: torch.dtype | None = None,
+        table: ItemTable | ShardedItemTable | None = None,
     ) -> None:
         super().__init__()
         self.hidden = hidden
         self.temperature, self.compute_dtype = temperature, compute_dtype
-        self.table = ItemTable(num_items, dim)
+        if table is not None and (table.num_items, table.weight.shape[1]) != (num_items, dim):
+            raise LrurecError(
+                f"table: holds {table.num_items:,} items of width {table.weight.shape[1]}, but num_items={num_items:,}, dim={dim}"
+            )
+        self.table = ItemTable(num_items, dim) if table is None else table
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
         self.recurrent = nn.ModuleList(RecurrentLayer(dim, hidden, dropout, ring) for _ in range(blocks))
         self.feed_forward = nn.ModuleList(FeedForward(dim, dropout) for _ in range(blocks))
         for name, parameter in self.named_parameters():
-            if "norm." not in name and not name.endswith(RECURRENCE):
+            given = table is not None and name.startswith("table.")
+            if not given and "norm." not in name and not name.endswith(RECURRENCE):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
 
     def forward(self, item_ids: Tensor, keep: Tensor) -> Tensor:
@@ -156,7 +170,7 @@ class LRURec(nn.Module):
         return nn.functional.normalize(x, dim=1) / self.temperature if self.temperature else x
 
     def item_rows(self) -> Tensor:
-        """(num_items + 1, dim): a user vector times these plus the item biases are the scores."""
+        """(rows of the table, dim): a user vector times these plus the item biases are the scores."""
         return nn.functional.normalize(self.table.weight, dim=1) if self.temperature else self.table.weight
 
     def layers(self) -> "list[tuple[RecurrentLayer, FeedForward]]":

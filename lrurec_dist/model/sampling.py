@@ -82,7 +82,7 @@ def sampled_softmax_loss(
     Raises:
         LrurecError: shapes do not fit, a target is not an item, or there are no negatives.
     """
-    check_loss_inputs(vectors, weight, bias, targets)
+    check_loss_inputs(vectors, weight, bias, targets, target_weights, num_items=weight.shape[0] - 1)
     if negatives.numel() == 0:
         raise LrurecError("negatives: a sampled softmax needs at least one")
     # log of the expected number of occurrences in the sample
@@ -92,7 +92,7 @@ def sampled_softmax_loss(
     target_scores = (vectors * weight[targets]).sum(1) + bias[targets]
     total = vectors.new_zeros(())
     step = max(1, tile_elements // negatives.numel())
-    for begin in range(0, targets.numel(), step):
+    for begin in range(0, max(1, targets.numel()), step):  # once without targets too: gradients are zero, not absent
         here = slice(begin, begin + step)
         # recomputed on the way back, so that one tile lives at a time
         each = torch.utils.checkpoint.checkpoint(
