@@ -1,8 +1,18 @@
 """The few exchanges between training processes, and what they mean in a single process."""
 
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lrurec_dist.errors import LrurecError
+
+T = TypeVar("T")
+
+_AGREEMENT_TIMEOUT = timedelta(hours=2)  # ranks wait for the slowest one's files; one that died is noticed at once
 
 
 def rank() -> int:
@@ -80,3 +90,41 @@ def reduce_scatter_rows(rows: Tensor, counts: list[int]) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` holds on at least one rank, known to all."""
     return bool(all_reduce_sum(torch.tensor(int(flag), device=device)).item())
+
+
+def new_group() -> Any:
+    """A gloo group of all ranks, apart from the training's own, so that a second thread can talk; all ranks must call."""
+    return dist.new_group(backend="gloo", timeout=_AGREEMENT_TIMEOUT) if world_size() > 1 else None
+
+
+def together(action: Callable[[], T], group: Any) -> list[T]:
+    """What `action` returned on each rank, in the order of ranks; where it failed on one, all ranks raise.
+
+    Args:
+        action: does this rank's part.
+        group: of `new_group`, which one thread of each rank uses at a time.
+
+    Raises:
+        LrurecError: that of the first rank that failed, the same on all ranks, so that none waits for another.
+    """
+    value, failure = None, None
+    try:
+        value = action()
+    except LrurecError as error:
+        failure = error
+    except Exception as error:
+        failure = LrurecError(f"rank {rank()} failed: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+    outcomes: list[Any] = [(value, failure)]
+    if group is not None:
+        outcomes = [None] * world_size()
+        dist.all_gather_object(outcomes, (value, failure), group=group)
+    for _, failed in outcomes:
+        if failed is not None:
+            raise failed
+    return [found for found, _ in outcomes]
+
+
+def on_first_rank(action: Callable[[], T], group: Any) -> T:
+    """What `action` returned on rank 0, which alone does it, known to all ranks; its error is raised by all."""
+    return together(lambda: action() if rank() == 0 else None, group)[0]  # type: ignore[return-value]

@@ -249,14 +249,18 @@ class TrainConfig:
     report_every: int = 50  # steps between progress lines
     validate_every: int = 500  # steps between validations
     patience: int = 10  # validations without a better recall@10 before training ends
-    resume: Literal["auto", "never"] = "auto"  # auto: from the last checkpoint of an unfinished run
+    checkpoint_every: int = 0  # steps between checkpoints besides those at validations; 0: none
+    keep_checkpoints: int = 2  # the latest so many; and the best
+    resume: Literal["auto", "never"] = "auto"  # auto: from the newest whole checkpoint of an unfinished run
+    warm_start: str = ""  # run directory or checkpoint to take parameters from, whose catalogue the dataset's extends
+    warm_start_moments: bool = True  # False: without the optimizer's moments
 
     def __post_init__(self) -> None:
-        for name in ("workers", "max_steps", "report_every", "validate_every", "patience"):
+        for name in ("workers", "max_steps", "report_every", "validate_every", "patience", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "needs at least 1")
         for name in ("learning_rate", "epsilon", "clip_norm", "cpus_per_worker"):
             _require(0 < getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "has to be positive and finite")
-        for name in ("weight_decay", "max_minutes", "threads_per_worker"):
+        for name in ("weight_decay", "max_minutes", "threads_per_worker", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "cannot be negative")
         _require(self.zero_stage in (0, 1, 2), "train.zero_stage", self.zero_stage, "0, 1 or 2; stage 3 needs a sharded table")
         _require(

@@ -12,6 +12,29 @@ from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.errors import ConfigError, DataNotReadyError
 
+# Settings that change how a run is computed and how long it goes on, not what it is: a run
+# directory may be continued with other values.
+MAY_CHANGE = (
+    "run_dir",
+    "log.path",  # the dataset's manifest knows its sources better
+    "log.snapshot",
+    "dataset.dir",
+    "batch.feed",
+    "bundle.",
+    "train.workers",
+    "train.device",
+    "train.cpus_per_worker",
+    "train.threads_per_worker",
+    "train.zero_stage",
+    "train.max_steps",
+    "train.max_minutes",
+    "train.patience",
+    "train.report_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.resume",
+)
+
 
 def with_absolute_paths(config: Config) -> Config:
     """The configuration with local paths made absolute: workers have another working directory."""
@@ -32,6 +55,7 @@ def with_absolute_paths(config: Config) -> Config:
             deleted_users=resolved(config.dataset.deleted_users),
             deleted_items=resolved(config.dataset.deleted_items),
         ),
+        train=dataclasses.replace(config.train, warm_start=resolved(config.train.warm_start)),
         bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
     )
 
@@ -116,6 +140,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+
+
+def shaping_settings(config: Config) -> dict[str, Any]:
+    """Dotted settings with their values, of those that decide what training computes after its next step."""
+    sections = ("seed.", "split.", "batch.", "model.", "loss.", "train.", "evaluate.")  # evaluate: decides which step is best
+    settings = _flatten(to_dict(config))
+    return {key: value for key, value in settings.items() if f"{key}.".startswith(sections) and not key.startswith(MAY_CHANGE)}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

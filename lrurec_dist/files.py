@@ -141,7 +141,7 @@ class NewFile:
         self.bytes = 0
         self.closed = False  # pyarrow asks
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Append bytes."""
         self._file.write(data)
         self._digest.update(data)

@@ -13,7 +13,7 @@ import torch
 
 from lrurec_dist import __version__, storage
 from lrurec_dist.config import Config
-from lrurec_dist.config_file import differences, load_config, to_dict, to_yaml, with_absolute_paths
+from lrurec_dist.config_file import MAY_CHANGE, differences, load_config, shaping_settings, to_dict, to_yaml, with_absolute_paths
 from lrurec_dist.data.batches import pad_left, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.splits import resolve_split
@@ -35,32 +35,12 @@ from lrurec_dist.reporting import (
 from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
 from lrurec_dist.serve.recommender import Recommender
 from lrurec_dist.stage_prepare import audit, prepare
-from lrurec_dist.train.checkpoint import find_checkpoint, load_model, model_loader, read_checkpoint_manifest
+from lrurec_dist.train.checkpoint import load_model, model_loader, read_checkpoint_manifest
+from lrurec_dist.train.checkpoint_index import find_checkpoint
 from lrurec_dist.train.launch import launch_training, use_cuda
 from lrurec_dist.train.order import data_order
 
 Stage = Literal["prepare", "train", "evaluate", "bundle"]
-
-# Settings that change how a run is computed and how long it goes on, not what it is: a run
-# directory may be continued with other values.
-_MAY_CHANGE = (
-    "run_dir",
-    "log.path",  # the dataset's manifest knows its sources better
-    "log.snapshot",
-    "dataset.dir",
-    "batch.feed",
-    "bundle.",
-    "train.workers",
-    "train.device",
-    "train.cpus_per_worker",
-    "train.threads_per_worker",
-    "train.zero_stage",
-    "train.max_steps",
-    "train.max_minutes",
-    "train.patience",
-    "train.report_every",
-    "train.resume",
-)
 
 
 def run_job(arguments: Sequence[str], *, stages: Sequence[Stage], description: str, default_config: str) -> int:
@@ -110,7 +90,7 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
 def _open_run(config: Config) -> Status:
     url = storage.join(config.run_dir, "config.yaml")
     if storage.exists(url):
-        differing = [line for line in differences(to_dict(load_config(url)), to_dict(config)) if not line.startswith(_MAY_CHANGE)]
+        differing = [line for line in differences(to_dict(load_config(url)), to_dict(config)) if not line.startswith(MAY_CHANGE)]
         if differing:
             raise ConfigError(
                 f"run_dir={config.run_dir}: belongs to another configuration ({'; '.join(differing)}); choose another run_dir, or delete it"
@@ -122,16 +102,8 @@ def _open_run(config: Config) -> Status:
 
 def _train(config: Config, status: Status, session: RaySession) -> None:
     dataset = _open_dataset(config)
-    settings = {
-        section: {
-            name: value
-            for name, value in values.items()
-            if f"{section}.{name}" not in _MAY_CHANGE or name in ("max_steps", "max_minutes", "patience")
-        }
-        for section, values in to_dict(config).items()
-        if section in ("split", "batch", "model", "loss", "train", "evaluate")
-    }
-    inputs = storage.fingerprint({"dataset": dataset.identity, "seed": config.seed, **settings})
+    budget = {name: getattr(config.train, name) for name in ("max_steps", "max_minutes", "patience")}
+    inputs = storage.fingerprint({"dataset": dataset.identity, **shaping_settings(config), **budget})
     done = status.committed("train", inputs)
     if done and find_checkpoint(config.run_dir, "best"):
         say(f"train: skipped, {done['best']} was trained on these inputs")

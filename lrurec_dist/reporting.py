@@ -183,17 +183,19 @@ def exit_code_of(error: BaseException) -> int:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object per line, with its `kind` and the time it was written.
+    """`metrics.jsonl`: one JSON object per line, with its `kind` and the time it was written; threads may share it.
 
     The one account of a run's progress: workers write it, the driver prints it, readers plot it.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._lock = threading.Lock()  # object stores rewrite the file to append to it
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one line."""
-        storage.append_line(self._url, json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}))
+        with self._lock:
+            storage.append_line(self._url, json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}))
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line so far."""
@@ -264,6 +266,11 @@ def describe(record: Mapping[str, Any]) -> str:
         case "ranking":
             return (
                 f"train: validating at step {record['step']:,}: ranked {record['shards_done']:,} of {record['shards']:,} shards"
+            )
+        case "checkpoint":
+            return (
+                f"train: checkpoint at step {record['step']:,}: {record['bytes'] / 1e6:,.1f} MB written in {record['write_s']:.1f} s; "
+                f"training stood still for {record['snapshot_s'] + record['waited_s']:.2f} s"
             )
         case "note":
             return f"train: {record['text']}"

@@ -218,6 +218,13 @@ def list_files(url: str) -> list[str]:
     return sorted(name for path in names if not _TEMPORARY.search(name := path[len(root.rstrip("/")) + 1 :]))
 
 
+def list_names(url: str) -> list[str]:
+    """Names of all files and directories directly below a directory, in order; none if it is not there."""
+    fs, root = filesystem(url)
+    found = retried("list", url, lambda: _entries(fs, root, depth=1))
+    return sorted(path[len(root.rstrip("/")) + 1 :] for path in found)
+
+
 def remove_tree(url: str) -> None:
     """Delete a directory and all it holds, its manifest first; nothing happens if it is not there."""
     fs, root = filesystem(url)
@@ -305,16 +312,21 @@ def read_manifest(url: str, *, verify: bool = True, error: type[IntegrityError] 
     if not isinstance(files, dict):
         raise error(f"{join(url, MANIFEST)} lists no files: it is not a manifest")
     for relative, entry in files.items() if verify else ():
-        if relative.startswith("/") or ".." in relative.split("/"):
-            raise error(f"{join(url, MANIFEST)} names {relative!r}, which leaves the directory")
-        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
-            raise error(f"{join(url, MANIFEST)} lists {relative!r} without size and SHA-256")
-        try:
-            actual = file_sha256(join(url, relative))
-        except FileNotFoundError:
-            raise error(f"{join(url, relative)} is missing; its manifest lists {entry['bytes']:,} bytes") from None
-        except IsADirectoryError:
-            raise error(f"{join(url, relative)} is a directory; its manifest lists a file") from None
-        if actual != entry["sha256"]:
-            raise error(f"{join(url, relative)} changed after the commit: SHA-256 {actual[:12]}, expected {entry['sha256'][:12]}")
+        verify_file(url, relative, entry, error=error)
     return manifest
+
+
+def verify_file(url: str, relative: str, entry: Any, *, error: type[IntegrityError] = IntegrityError) -> None:
+    """Raise `error` unless a file below the directory is what its manifest's entry says."""
+    if relative.startswith("/") or ".." in relative.split("/"):
+        raise error(f"{join(url, MANIFEST)} names {relative!r}, which leaves the directory")
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
+        raise error(f"{join(url, MANIFEST)} lists {relative!r} without size and SHA-256")
+    try:
+        actual = file_sha256(join(url, relative))
+    except FileNotFoundError:
+        raise error(f"{join(url, relative)} is missing; its manifest lists {entry['bytes']:,} bytes") from None
+    except IsADirectoryError:
+        raise error(f"{join(url, relative)} is a directory; its manifest lists a file") from None
+    if actual != entry["sha256"]:
+        raise error(f"{join(url, relative)} changed after the commit: SHA-256 {actual[:12]}, expected {entry['sha256'][:12]}")

@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -92,15 +93,19 @@ def on_a_terminal(command: list[str], timeout_s: float = 120) -> tuple[int, str,
 
 
 def killed_at(line: str, script: str, timeout_s: float = 60) -> None:
-    """Run a Python script in a process of its own and kill it, as `kill -9` does, once it prints `line`."""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    deadline = threading.Timer(timeout_s, process.kill)
+    """Run a Python script and kill it with all its children, as `kill -9` does, once one of them prints `line`."""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def kill() -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+    deadline = threading.Timer(timeout_s, kill)
     deadline.start()
     try:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == line, "the script ended, or was too slow, before it got there"
     finally:
         deadline.cancel()
-        process.kill()
+        kill()
         process.wait()
         process.stdout.close()  # type: ignore[union-attr]

@@ -123,14 +123,11 @@ class FaultyFileSystem(fsspec.AbstractFileSystem):
     def mv(self, path1: str, path2: str, **_: Any) -> None:
         os.replace(path1, path2)
 
-    def rm_file(self, path: str) -> None:
-        os.remove(path)
+    def rm_file(self, path: str) -> None:  # of a directory, too, when a tree is removed
+        os.rmdir(path) if os.path.isdir(path) else os.remove(path)
 
     def rmdir(self, path: str) -> None:
         os.rmdir(path)
-
-    def _rm(self, path: str) -> None:
-        os.rmdir(path) if os.path.isdir(path) else os.remove(path)
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         return _FaultyFile(self.faults, path, mode)

@@ -94,6 +94,15 @@ def test_an_extension_leaves_rows_alone_and_new_figures_are_given_with_the_delet
     ]
 
 
+@pytest.mark.parametrize("keys", [["a", "é", "new"], [3, 2**40, -7]])
+def test_the_first_items_of_an_extension_have_the_fingerprint_of_the_parent(keys):
+    parent = build_catalogue(items_of([(key, 1, at, at) for at, key in enumerate(keys[:2])]))
+    child = build_catalogue(items_of([(key, 1, -at, at) for at, key in enumerate(keys)]), parent)
+    assert child.num_items == 3
+    assert child.first(2).fingerprint == parent.fingerprint
+    assert len({child.first(size).fingerprint for size in (1, 2, 3)}) == 3
+
+
 def test_an_extension_without_items_is_the_parent():
     parent = build_catalogue(items_of(ROWS))
     assert build_catalogue(items_of([]), parent).table.equals(parent.table)

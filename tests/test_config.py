@@ -188,6 +188,8 @@ def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
             "is no time",
             "such as 2d, 12h, 10%",
         ),
+        (["train.keep_checkpoints=0"], "train.keep_checkpoints=0", "needs", "at least 1"),
+        (["train.checkpoint_every=-1"], "train.checkpoint_every=-1", "cannot", "be negative"),
         (["batch.max_length=1"], "batch.max_length=1", "next-item targets", "at least 2"),
         (["synthetic.items=2"], "synthetic.items=2", "nothing to learn", "at least 16"),
     ],
@@ -315,10 +317,12 @@ def test_directories_follow_from_the_run_directory_unless_given():
 
 def test_absolute_paths_touch_local_relative_paths_alone(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    config = load_config(overrides=["log.path=log.csv", "dataset.dir=s3://bucket/data", "bundle.registry=/registry", "seed=4"])
+    places = ["log.path=log.csv", "train.warm_start=last", "dataset.dir=s3://bucket/data", "bundle.registry=/registry"]
+    config = load_config(overrides=[*places, "seed=4"])
     absolute = with_absolute_paths(config)
     assert absolute.run_dir == f"{tmp_path}/runs/quickstart"
     assert absolute.log.path == f"{tmp_path}/log.csv"
+    assert absolute.train.warm_start == f"{tmp_path}/last"
     assert absolute.bundle.registry == "/registry"
     assert absolute.dataset == config.dataset
     assert absolute.seed == 4

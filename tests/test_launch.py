@@ -10,7 +10,8 @@ from lrurec_dist.config import Config
 from lrurec_dist.config_file import load_config
 from lrurec_dist.errors import CatalogueError, DivergenceError
 from lrurec_dist.reporting import METRICS, MetricsFile
-from lrurec_dist.train.checkpoint import find_checkpoint, read_checkpoint_manifest
+from lrurec_dist.train.checkpoint import checkpoint_url, rank_file, read_checkpoint_manifest
+from lrurec_dist.train.checkpoint_index import find_checkpoint
 from lrurec_dist.train.launch import launch_training
 from tests.datasets import chain_sequences, write_dataset
 from tests.processes import run_ranks
@@ -123,16 +124,34 @@ def test_negatives_are_drawn_by_the_counts_of_the_training_part_alone(tmp_path: 
         assert probabilities == pytest.approx([4 / 7, 1 / 7, 1 / 7, 1 / 7])  # without any: as with a single occurrence
 
 
-def test_a_continued_run_repeats_the_losses_of_an_uninterrupted_one(tmp_path: Path, dataset_url: str) -> None:
+def test_a_run_continued_from_an_older_checkpoint_repeats_the_losses_of_an_uninterrupted_one(
+    tmp_path: Path, dataset_url: str
+) -> None:
     dropout = "model.dropout=0.3"  # masks have to repeat as well
     launch_training(configure(tmp_path / "whole", dataset_url, dropout, "train.max_steps=35"))
-    # 20 steps end in the middle of an epoch: 10 batches each, in groups of 3 shards and 1
-    launch_training(configure(tmp_path / "cut", dataset_url, dropout, "train.max_steps=15"))
+    # 15 steps end in the middle of an epoch: 10 batches each, in groups of 3 shards and 1
+    often = ("train.checkpoint_every=5", "train.keep_checkpoints=3")
+    launch_training(configure(tmp_path / "cut", dataset_url, dropout, *often, "train.max_steps=25"))
+    run = str(tmp_path / "cut")
+    assert [(record["step"], record["bytes"] > 0) for record in records(tmp_path / "cut", "checkpoint")] == [
+        (step, True) for step in (5, 10, 15, 20, 25)
+    ]
+    for step in (20, 25):  # the validated ones: training goes on from one between two validations
+        file = Path(checkpoint_url(run, step)) / rank_file(1, 2)
+        file.write_bytes(file.read_bytes()[:-1])
     launch_training(configure(tmp_path / "cut", dataset_url, dropout, "train.max_steps=35"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert any("resuming from" in record["text"] for record in records(tmp_path / "cut", "note"))
+    notes = [record["text"] for record in records(tmp_path / "cut", "note")]
+    assert [note.split(":")[0] for note in notes[1:-1]] == [
+        "skipping a damaged checkpoint",
+        "skipping a damaged checkpoint",
+        f"resuming from {checkpoint_url(run, 15)}",
+    ]
     ends = [read_checkpoint_manifest(str(find_checkpoint(str(tmp_path / name), "last"))) for name in ("whole", "cut")]
     assert ends[0]["files"] == ends[1]["files"], "weights and moments are equal to the bit"
+    for manifest in ends:
+        del manifest["progress"]["seconds"]
+    assert ends[0]["progress"] == ends[1]["progress"]
 
 
 def test_early_stopping_ends_training_and_keeps_the_best(tmp_path: Path, dataset_url: str) -> None:

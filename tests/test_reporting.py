@@ -4,6 +4,7 @@ import queue
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lrurec_dist.reporting import (
     progress_of,
 )
 from tests.processes import on_a_terminal
+from tests.stores import Faults
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,22 @@ def test_followed_records_are_printed_in_order_and_old_ones_are_not(tmp_path: Pa
         MetricsFile(url).write("note", text="second")
     assert printed.get_nowait() == "train: second"
     assert printed.empty()
+
+
+def test_lines_of_several_threads_are_all_kept_where_appending_rewrites_the_file(faulty: tuple[str, Faults]) -> None:
+    url, _ = faulty
+    file = MetricsFile(f"{url}/metrics.jsonl")
+    threads = [threading.Thread(target=lambda: [file.write("note", text="x") for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(file.read()) == 80
+
+
+def test_a_checkpoint_line_says_what_was_written_and_how_long_training_stood_still() -> None:
+    record = {"kind": "checkpoint", "step": 1500, "bytes": 12_340_000, "write_s": 2.04, "snapshot_s": 0.25, "waited_s": 1.5}
+    assert describe(record) == "train: checkpoint at step 1,500: 12.3 MB written in 2.0 s; training stood still for 1.75 s"
 
 
 def test_a_progress_line_names_step_loss_rate_recall_and_time_left() -> None:

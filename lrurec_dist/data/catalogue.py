@@ -60,6 +60,10 @@ class Catalogue:
             digest.update("".join(self.keys.to_pylist()).encode())
         return digest.hexdigest()[:16]
 
+    def first(self, num_items: int) -> "Catalogue":
+        """The items with ids up to `num_items`: what this catalogue was when it had as many."""
+        return Catalogue(self.table.slice(0, num_items))
+
     def ids_of(self, keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """int64 item_id of each key; 0 for a key the catalogue does not know."""
         positions = pc.index_in(keys, value_set=self.keys)

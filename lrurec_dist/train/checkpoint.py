@@ -1,9 +1,10 @@
-"""Checkpoints: everything that decides the future of a run, keyed by name, committed by manifest.
+"""A checkpoint: everything that decides the future of a run, keyed by tensor name and rows, committed by manifest.
 
-    <run>/checkpoints/index.json          which step is best, which is last
-                     /step_000500/        model.safetensors  optimizer.safetensors  manifest.json
+    <run>/checkpoints/index.json                which are kept, with their metric
+                     /step_000500/rank-00000-of-00003.safetensors …  manifest.json
 
-Keyed by parameter name, a checkpoint loads at any world size and ZeRO stage.
+Each rank writes one file with its rows of every parameter and optimizer moment. The manifest says
+where each row lies, so that a checkpoint loads at any world size and ZeRO stage.
 """
 
 import functools
@@ -11,14 +12,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
-from torch import Tensor
 
 from lrurec_dist import storage
-from lrurec_dist.errors import CatalogueError, CheckpointError
+from lrurec_dist.errors import CheckpointError
 from lrurec_dist.model.lrurec import LRURec
+from lrurec_dist.train.pieces import PieceReader
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_REQUIRED = {"progress", "model", "num_items", "catalogue_fingerprint", "dataset_identity", "settings", "validation", "tensors"}
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,25 @@ class Progress:
     step: int = 0
     epoch: int = 0
     batches_into_epoch: int = 0
+    warm_steps: int = 0  # updates that the moments had seen before step 1, in the run of a warm start
     best_recall: float = -1.0
     validations_since_best: int = 0
     seconds: float = 0.0  # spent training, over all attempts
     curve: list[dict[str, float]] = field(default_factory=list)  # metrics of each validation
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run trains, the same in all its checkpoints.
+
+    `model` are the arguments of `LRURec`; `settings` the dotted settings that shape the future.
+    """
+
+    model: dict[str, Any]
+    num_items: int
+    catalogue_fingerprint: str
+    dataset_identity: str
+    settings: dict[str, Any]
 
 
 def checkpoint_url(run_url: str, step: int) -> str:
@@ -42,80 +58,67 @@ def checkpoint_url(run_url: str, step: int) -> str:
     return storage.join(run_url, "checkpoints", f"step_{step:06d}")
 
 
-def save_checkpoint(
-    run_url: str,
+def rank_file(rank: int, world_size: int) -> str:
+    """The name of what one rank writes."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def write_manifest(
+    url: str,
     *,
+    subject: Subject,
     progress: Progress,
-    parameters: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    description: dict[str, Any],
-    is_best: bool,
+    validation: dict[str, float] | None,
+    tensors: dict[str, Any],
+    files: dict[str, dict[str, Any]],
 ) -> None:
-    """Commit a checkpoint, point the index at it, and delete what the index no longer names.
+    """Make the checkpoint exist, once every file is there.
 
     Args:
-        description: `model` (the arguments of `LRURec`), `catalogue_fingerprint`, and what else a
-            reader should know.
-        is_best: whether it becomes the best; it always becomes the last.
+        validation: metrics at this step, if it was validated.
+        tensors: as `PieceReader` takes them.
+        files: each file with its size and SHA-256.
     """
-    url = checkpoint_url(run_url, progress.step)
-    storage.remove_tree(url)
-    storage.write_bytes(storage.join(url, "model.safetensors"), save(parameters))
-    storage.write_bytes(storage.join(url, "optimizer.safetensors"), save(moments))
-    storage.commit(url, {"schema_version": SCHEMA_VERSION, "progress": asdict(progress), **description})
-    index = _read_index(run_url)
-    before = set(index.values())
-    index["last"] = progress.step
-    if is_best:
-        index["best"] = progress.step
-    storage.write_json(storage.join(run_url, "checkpoints", "index.json"), index)
-    for step in before - set(index.values()):
-        storage.remove_tree(checkpoint_url(run_url, step))
+    description = {"schema_version": SCHEMA_VERSION, **asdict(subject), "progress": asdict(progress)}
+    storage.commit(url, {**description, "validation": validation, "tensors": tensors}, known=files)
 
 
-def _read_index(run_url: str) -> dict[str, int]:
-    url = storage.join(run_url, "checkpoints", "index.json")
-    return dict(storage.read_json(url)) if storage.exists(url) else {}
-
-
-def find_checkpoint(run_url: str, which: str) -> str | None:
-    """The URL of the `best` or the `last` checkpoint, if there is one."""
-    step = _read_index(run_url).get(which)
-    return None if step is None else checkpoint_url(run_url, step)
-
-
-def load_checkpoint(url: str, *, catalogue_fingerprint: str) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-    """Progress, parameters and moments of a checkpoint, verified.
+def read_checkpoint_manifest(url: str, *, verify: bool = True) -> dict[str, Any]:
+    """The manifest of a checkpoint, whose files were compared with it unless `verify` is False.
 
     Raises:
-        CheckpointError: files are missing or changed.
-        CatalogueError: it was trained on other item ids.
+        CheckpointError: files are missing or changed, or it is no checkpoint of this schema.
     """
-    manifest = read_checkpoint_manifest(url)
-    if manifest["catalogue_fingerprint"] != catalogue_fingerprint:
-        raise CatalogueError(
-            f"checkpoint {url} expects catalogue {manifest['catalogue_fingerprint']}, the dataset has {catalogue_fingerprint}; set train.resume=never or another run_dir"
+    manifest = storage.read_manifest(url, verify=False, error=CheckpointError)
+    version = manifest.get("schema_version")
+    if version == 1:
+        raise CheckpointError(
+            f"{url}: schema_version=1, this code reads {SCHEMA_VERSION}; finish this run with the version that began it, or train in another run_dir"
         )
-    return (
-        Progress(**manifest["progress"]),
-        load(storage.read_bytes(storage.join(url, "model.safetensors"))),
-        load(storage.read_bytes(storage.join(url, "optimizer.safetensors"))),
-    )
-
-
-def read_checkpoint_manifest(url: str) -> dict[str, Any]:
-    """The verified manifest of a checkpoint."""
-    manifest = storage.read_manifest(url, error=CheckpointError)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(f"{url}: schema_version={manifest.get('schema_version')}, this code reads {SCHEMA_VERSION}")
+    missing = _REQUIRED - manifest.keys()
+    if version != SCHEMA_VERSION or missing:
+        raise CheckpointError(
+            f"{url}: is no checkpoint of schema_version={SCHEMA_VERSION} (it has {version}; {', '.join(sorted(missing)) or 'nothing'} is missing)"
+        )
+    unlisted = {piece["file"] for tensor in manifest["tensors"].values() for piece in tensor["pieces"]} - manifest["files"].keys()
+    if unlisted:
+        raise CheckpointError(f"{url}: tensors lie in {sorted(unlisted)[0]}, which is not among the files of the manifest")
+    for relative, entry in manifest["files"].items() if verify else ():
+        storage.verify_file(url, relative, entry, error=CheckpointError)
     return manifest
+
+
+def parameter_names(manifest: dict[str, Any]) -> list[str]:
+    """The tensors that are parameters; the others are moments, named `<moment>/<parameter>`."""
+    return [name for name in manifest["tensors"] if "/" not in name]
 
 
 def load_model(url: str, device: str = "cpu") -> LRURec:
     """The model of a checkpoint, ready to score: verified, in evaluation mode, on `device`."""
     manifest = read_checkpoint_manifest(url)
     model = LRURec(**manifest["model"])
-    model.load_state_dict(load(storage.read_bytes(storage.join(url, "model.safetensors"))))
+    with PieceReader(url, manifest["tensors"]) as reader:
+        model.load_state_dict({name: reader.read(name) for name in parameter_names(manifest)})
     return model.eval().requires_grad_(False).to(torch.device(device))
 
 

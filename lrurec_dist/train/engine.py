@@ -6,6 +6,7 @@ and scattered to them again.
 """
 
 import logging
+from collections.abc import Iterator
 
 import deepspeed
 import torch
@@ -94,7 +95,18 @@ class Engine:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Both Adam moments of every parameter, whole, as `<moment>/<name>`; all ranks must call."""
-        state = {}
+        return {name: moment.detach().cpu().clone() for name, moment in self._moments()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name, then every moment as `<moment>/<name>`, whole, where they are computed, one at a time.
+
+        All ranks must go through all of them, as each is gathered from the ranks when its turn comes.
+        """
+        for name, parameter in self._named:
+            yield name, parameter.detach()
+        yield from self._moments()
+
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._named:
             for moment in _MOMENTS:
                 whole = (
@@ -102,8 +114,7 @@ class Engine:
                     if self._zero_stage == 0
                     else safe_get_full_optimizer_state(parameter, moment)
                 )
-                state[f"{moment}/{name}"] = whole.detach().cpu().clone()
-        return state
+                yield f"{moment}/{name}", whole
 
     def load(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor], step: int) -> None:
         """Take over parameters, moments and step count, saved at any world size and ZeRO stage.

@@ -22,9 +22,11 @@ from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
 from lrurec_dist.reporting import METRICS, MetricsFile
-from lrurec_dist.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from lrurec_dist.train.checkpoint_writer import CheckpointWriter
 from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.order import data_order
+from lrurec_dist.train.pieces import pieces_of_rank
+from lrurec_dist.train.resume import begin, describe_subject
 
 RANKING_REPORT_S = 10.0  # between records of how far a validation is
 
@@ -78,18 +80,14 @@ class _Worker:
             clip_norm=options.clip_norm,
         )
         self.metrics_file = MetricsFile(storage.join(config.run_dir, METRICS))
-        self.progress = self._resume()
-
-    def _resume(self) -> Progress:
-        last = find_checkpoint(self.config.run_dir, "last") if self.config.train.resume == "auto" else None
-        if last is None:
-            return Progress()
-        progress, parameters, moments = load_checkpoint(
-            last, catalogue_fingerprint=self.dataset.manifest["catalogue_fingerprint"]
+        group, subject = collectives.new_group(), describe_subject(config, self.dataset, self.shape)
+        self.progress, damaged = begin(config, self.dataset, self.engine, subject, group, self._note)
+        self.checkpoints = CheckpointWriter(
+            config.run_dir, subject=subject, keep=options.keep_checkpoints, damaged=damaged, group=group, record=self._write
         )
-        self.engine.load(parameters, moments, progress.step)
-        self._write("note", text=f"resuming from {last}")
-        return progress
+
+    def _note(self, text: str) -> None:
+        self._write("note", text=text)
 
     def _write(self, kind: str, **values: object) -> None:
         if self.rank == 0:
@@ -107,6 +105,12 @@ class _Worker:
         )
 
     def run(self, report: Callable[[dict[str, float]], None]) -> str:
+        with self.checkpoints:  # the end waits for what is being written
+            stop = self._train(report)
+        self._note(f"ended after {self.progress.step:,} steps: {stop}")
+        return stop
+
+    def _train(self, report: Callable[[dict[str, float]], None]) -> str:
         options = self.config.train
         window = _Window(self.device)
         stop = self._exhausted()
@@ -126,16 +130,19 @@ class _Worker:
                 self._report_window(window)
                 stop = self._exhausted()
                 window = _Window(self.device)
-            if step % options.validate_every == 0 or stop:
+            validates = step % options.validate_every == 0 or bool(stop)
+            if validates or (options.checkpoint_every and step % options.checkpoint_every == 0):
                 started = time.perf_counter()
-                report(self._validate())
-                stop = stop or self._exhausted()
+                if validates:
+                    report(self._validate())
+                    stop = stop or self._exhausted()
+                else:
+                    self._save(None)
                 window.leave_out(time.perf_counter() - started)
                 self.progress = replace(self.progress, seconds=self.progress.seconds + time.perf_counter() - started)
             if stop:
                 break
             waited_from = time.perf_counter()
-        self._write("note", text=f"ended after {self.progress.step:,} steps: {stop}")
         return stop
 
     def _step(self, batch: TrainingBatch) -> tuple[torch.Tensor, int, int, int]:
@@ -252,20 +259,7 @@ class _Worker:
             validations_since_best=0 if is_best else self.progress.validations_since_best + 1,
             curve=[*self.progress.curve, {"step": self.progress.step, **metrics}],
         )
-        moments = self.engine.optimizer_state()  # gathered from all ranks
-        if self.rank == 0:
-            save_checkpoint(
-                self.config.run_dir,
-                progress=self.progress,
-                parameters=self.engine.parameters(),
-                moments=moments,
-                description={
-                    "model": self.shape,
-                    "catalogue_fingerprint": self.dataset.manifest["catalogue_fingerprint"],
-                    "validation": metrics,
-                },
-                is_best=is_best,
-            )
+        self._save(metrics)
         self._write(
             "validation",
             step=self.progress.step,
@@ -276,6 +270,10 @@ class _Worker:
             **metrics,
         )
         return {"step": self.progress.step, **metrics}
+
+    def _save(self, validation: dict[str, float] | None) -> None:
+        pieces = pieces_of_rank(self.engine.tensors(), self.rank, self.world_size)
+        self.checkpoints.save(pieces, self.progress, validation)
 
 
 class _Window:

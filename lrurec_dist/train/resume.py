@@ -1,0 +1,97 @@
+"""Where training begins: at the newest whole checkpoint of its run, at another run's parameters, or at nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lrurec_dist.config import Config
+from lrurec_dist.config_file import differences, shaping_settings
+from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.errors import CatalogueError, CheckpointError
+from lrurec_dist.train.checkpoint import Progress, Subject, parameter_names
+from lrurec_dist.train.checkpoint_index import Choice, choose_checkpoint
+from lrurec_dist.train.engine import Engine
+from lrurec_dist.train.pieces import PieceReader
+from lrurec_dist.train.warm_start import warm_start
+
+
+def describe_subject(config: Config, dataset: SequenceDataset, model: dict[str, Any]) -> Subject:
+    """What a run trains; `model` are the arguments of `LRURec`."""
+    return Subject(
+        model=model,
+        num_items=dataset.num_items,
+        catalogue_fingerprint=dataset.manifest["catalogue_fingerprint"],
+        dataset_identity=dataset.identity,
+        settings=shaping_settings(config),
+    )
+
+
+def begin(
+    config: Config, dataset: SequenceDataset, engine: Engine, subject: Subject, group: Any, note: Callable[[str], None]
+) -> tuple[Progress, frozenset[int]]:
+    """Bring the engine to where training begins; all ranks call.
+
+    Args:
+        subject: of this run; a checkpoint of another is refused.
+        group: of `collectives.new_group`.
+        note: gets a line about what was chosen and what was skipped.
+
+    Returns:
+        The progress there, and the steps of the run's checkpoints that are damaged.
+
+    Raises:
+        CatalogueError: the checkpoint was trained on other item ids.
+        CheckpointError: no checkpoint is whole, or the newest is of other settings or data.
+        DataNotReadyError: there is no checkpoint at `train.warm_start`.
+    """
+    choice = choose_checkpoint(config.run_dir, group) if config.train.resume == "auto" else None
+    if choice is None:
+        if config.train.warm_start:
+            return warm_start(config, dataset, engine, subject, group, note), frozenset()
+        return Progress(), frozenset()
+    refuse_another_subject(choice.url, choice.manifest, subject)
+    progress = standing(choice)
+    names = parameter_names(choice.manifest)
+    with PieceReader(choice.url, choice.manifest["tensors"]) as reader:
+        parameters = {name: reader.read(name) for name in names}
+        moments = {name: reader.read(name) for name in choice.manifest["tensors"] if name not in parameters}
+    engine.load(parameters, moments, progress.step + progress.warm_steps)
+    for line in choice.notes:
+        note(line)
+    note(f"resuming from {choice.url}")
+    return progress, choice.damaged
+
+
+def refuse_another_subject(url: str, manifest: dict[str, Any], subject: Subject) -> None:
+    """Raise unless a checkpoint is of the run that `subject` describes; names what differs.
+
+    A setting that the checkpoint does not know, because it is newer, had its default.
+    """
+    if manifest["catalogue_fingerprint"] != subject.catalogue_fingerprint:
+        raise CatalogueError(
+            f"checkpoint {url} expects catalogue {manifest['catalogue_fingerprint']} ({manifest['num_items']:,} items), the dataset has "
+            f"{subject.catalogue_fingerprint} ({subject.num_items:,}); set train.resume=never or another run_dir"
+        )
+    stored = {**shaping_settings(Config()), **manifest["settings"]}
+    differing = differences({name: stored.get(name, "unset") for name in subject.settings}, subject.settings)
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {url} was trained with other settings than this run ({'; '.join(differing)}); set them back, or choose another "
+            "run_dir, or start over with train.resume=never"
+        )
+    if manifest["dataset_identity"] != subject.dataset_identity:
+        raise CheckpointError(
+            f"checkpoint {url} was trained on dataset {manifest['dataset_identity']}, which has other sequences than "
+            f"{subject.dataset_identity}: its place in the data means nothing there; set train.resume=never or another run_dir"
+        )
+
+
+def standing(choice: Choice) -> Progress:
+    """The checkpoint's progress, with the best taken from what is whole."""
+    progress = Progress(**choice.manifest["progress"])
+    if choice.best is None:
+        return replace(progress, best_recall=Progress.best_recall, validations_since_best=0)
+    recall, step = choice.best
+    return replace(
+        progress, best_recall=recall, validations_since_best=sum(validation["step"] > step for validation in progress.curve)
+    )
