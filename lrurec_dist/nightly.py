@@ -1,9 +1,7 @@
 """The stages of a night, from log to verified bundle, each committed before the next begins."""
 
-import argparse
 import platform
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -13,11 +11,11 @@ import torch
 
 from lrurec_dist import __version__, storage
 from lrurec_dist.config import Config
-from lrurec_dist.config_file import MAY_CHANGE, differences, load_config, shaping_settings, to_dict, to_yaml, with_absolute_paths
+from lrurec_dist.config_file import shaping_settings, to_dict
 from lrurec_dist.data.batches import pad_left, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.splits import resolve_split
-from lrurec_dist.errors import EXIT_DONE, BundleError, ConfigError, DataNotReadyError, LrurecError
+from lrurec_dist.errors import BundleError, ConfigError, DataNotReadyError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
 from lrurec_dist.evaluate.ranking import top_k
 from lrurec_dist.ray_session import RaySession
@@ -26,12 +24,12 @@ from lrurec_dist.reporting import (
     MetricsFile,
     Status,
     end_progress,
-    exit_code_of,
     format_duration,
     metrics_table,
     progress_of,
     say,
 )
+from lrurec_dist.run_directory import open_run, run_command
 from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
 from lrurec_dist.serve.recommender import Recommender
 from lrurec_dist.stage_prepare import audit, prepare
@@ -45,23 +43,7 @@ Stage = Literal["prepare", "train", "evaluate", "bundle"]
 
 def run_job(arguments: Sequence[str], *, stages: Sequence[Stage], description: str, default_config: str) -> int:
     """Parse a job's command line, run stages, and return the exit code; a failure is one clear line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=default_config, help="YAML file (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top, e.g. train.max_steps=200")
-    parsed = parser.parse_args(arguments)
-    path, overrides = parsed.config, parsed.overrides
-    if "=" in path:
-        path, overrides = default_config, [path, *overrides]
-    try:
-        run(with_absolute_paths(load_config(path, overrides)), stages)
-    except LrurecError as error:
-        say(f"{type(error).__name__}: {error}")
-        return exit_code_of(error)
-    except Exception as error:  # the outermost boundary: what nobody foresaw keeps its traceback and gets its code
-        traceback.print_exc()
-        say(f"internal error, please report it with the lines above: {type(error).__name__}: {error}")
-        return exit_code_of(error)
-    return EXIT_DONE
+    return run_command(arguments, lambda config: run(config, stages), description=description, default_config=default_config)
 
 
 def run(config: Config, stages: Sequence[Stage]) -> None:
@@ -70,7 +52,7 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
     `status.json` in the run directory says at any time which stage runs, what is finished, and in
     the end the result and the exit code.
     """
-    status = _open_run(config)
+    status = open_run(config)
     started = time.perf_counter()
     session = RaySession(config)
     try:
@@ -85,19 +67,6 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
         session.close()
     status.done(bundle=status.stages.get("bundle", {}).get("outputs", {}).get("url"))
     say(f"done in {format_duration(time.perf_counter() - started)}")
-
-
-def _open_run(config: Config) -> Status:
-    url = storage.join(config.run_dir, "config.yaml")
-    if storage.exists(url):
-        differing = [line for line in differences(to_dict(load_config(url)), to_dict(config)) if not line.startswith(MAY_CHANGE)]
-        if differing:
-            raise ConfigError(
-                f"run_dir={config.run_dir}: belongs to another configuration ({'; '.join(differing)}); choose another run_dir, or delete it"
-            )
-    storage.write_bytes(url, to_yaml(config).encode())
-    say(f"run directory {config.run_dir}")
-    return Status(config.run_dir)
 
 
 def _train(config: Config, status: Status, session: RaySession) -> None:

@@ -252,9 +252,12 @@ def describe(record: Mapping[str, Any]) -> str:
     """One line a person can read for one record of `metrics.jsonl`."""
     match record["kind"]:
         case "train":
+            shares = {name.removesuffix("_share"): record[name] for name in record if name.endswith("_share")}
+            shares.pop("padding", None)  # of the positions, not of the time
+            largest = ", ".join(f"{name} {shares[name]:.0%}" for name in sorted(shares, key=shares.__getitem__)[:-3:-1])
             return (
                 f"train: step {record['step']:>6,}  epoch {record['epoch']:>3}  loss {record['loss']:.4f}  "
-                f"{record['targets_per_s']:,.0f} targets/s  recall@10 {record['best_recall@10']:.4f}  "
+                f"{record['targets_per_s']:,.0f} targets/s{largest and f' ({largest})'}  recall@10 {record['best_recall@10']:.4f}  "
                 f"at most {format_duration(record['seconds_left'])} left"
             )
         case "validation":

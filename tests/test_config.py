@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lrurec_dist.config import Config, LogConfig
+from lrurec_dist.config import Config
+from lrurec_dist.config_data import LogConfig
 from lrurec_dist.config_file import differences, from_dict, load_config, to_dict, to_yaml, with_absolute_paths
 from lrurec_dist.errors import ConfigError, DataNotReadyError
 
@@ -20,6 +21,8 @@ OVERRIDES = [
     "train.max_steps=700",
     "evaluate.ks=[10,3]",
     'log.keep=["event == click", "country in [DE, FR]"]',
+    "train.deepspeed.zero_optimization.overlap_comm=true",
+    "train.deepspeed.wall_clock_breakdown=true",
 ]
 
 
@@ -70,6 +73,7 @@ def test_overrides_take_the_type_of_their_setting():
     assert config.train.max_steps == 700
     assert config.evaluate.ks == [10, 3]
     assert config.log.keep == ["event == click", "country in [DE, FR]"]
+    assert config.train.deepspeed == {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +115,7 @@ def test_an_unknown_setting_in_a_file_is_an_error_too(tmp_path):
         ("log.duplicates=merge", "log.duplicates"),
         ("log.long_users=drop", "log.long_users"),
         ("evaluate.ks=7", "evaluate.ks"),
+        ("train.deepspeed=5", "train.deepspeed"),
         ("train=5", "train=5"),
         ("train.max_steps.x=5", "train.max_steps"),
         ("run_dir=${nowhere}", "run_dir"),
@@ -137,7 +142,26 @@ def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
             "is below train.workers=200",
             "raise the batch or take fewer workers",
         ),
-        (["train.zero_stage=3"], "train.zero_stage=3", "stage 3 needs a sharded table", "0, 1 or 2"),
+        (["train.zero_stage=4"], "train.zero_stage=4", "has to be", "0, 1, 2 or 3"),
+        (
+            ["train.offload_optimizer=cpu", "train.zero_stage=0"],
+            "train.offload_optimizer=cpu",
+            "needs train.zero_stage=1 or higher, not 0",
+            "set that, or none",
+        ),
+        (
+            ["train.offload_parameters=cpu", "train.zero_stage=2"],
+            "train.offload_parameters=cpu",
+            "needs train.zero_stage=3 or higher, not 2",
+            "set that, or none",
+        ),
+        (
+            ["train.warmup_steps=600", "train.max_steps=500"],
+            "train.warmup_steps=600",
+            "exceeds train.max_steps=500",
+            "never reach train.learning_rate",
+        ),
+        (["train.track=[tensorbord]"], "train.track=['tensorbord']", "tensorbord is none of", "tensorboard, mlflow, wandb"),
         (
             ["model.ring_min=0.9", "model.ring_max=0.5"],
             "model.ring_min, model.ring_max=(0.9, 0.5)",
@@ -225,6 +249,9 @@ def test_an_impossible_combination_names_setting_rule_and_way_out(overrides, set
         "train.workers=0",
         "train.report_every=0",
         "train.patience=0",
+        "train.accumulation=0",
+        "train.warmup_steps=-1",
+        "train.final_learning_rate_share=1.5",
         "train.learning_rate=0.0",
         "train.learning_rate=.nan",
         "train.clip_norm=-1.0",

@@ -14,7 +14,8 @@ import pytest
 from fsspec.registry import _registry as drivers
 
 from lrurec_dist import storage, stores
-from lrurec_dist.config import Config, LogConfig
+from lrurec_dist.config import Config
+from lrurec_dist.config_data import LogConfig
 from lrurec_dist.config_file import with_absolute_paths
 from lrurec_dist.errors import ConfigError, StorageError, TryAgainError
 from lrurec_dist.files import RetriedReader

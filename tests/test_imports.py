@@ -21,6 +21,7 @@ FOUNDATION = {
     "stores",
     "collectives",
     "reporting",
+    "run_directory",
     "__init__",
 }
 
@@ -40,7 +41,7 @@ MAY_IMPORT = {
 # Third-party packages that only these modules (or whole layers) may import.
 ONLY_IN = {
     "ray": {"data", "train/launch.py", "evaluate/evaluation.py", "ray_session.py", "nightly.py"},
-    "deepspeed": {"train/engine.py", "train/checkpoint.py"},
+    "deepspeed": {"train/engine.py", "train/deepspeed_config.py"},
     "omegaconf": {"config_file.py"},
     "deltalake": {"data/delta.py"},
     "pyiceberg": {"data/iceberg.py"},

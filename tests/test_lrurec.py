@@ -248,3 +248,37 @@ def test_bfloat16_products_keep_a_float32_recurrence_and_stay_near_float32() -> 
     )
     difference = ((rounded - exact).norm() / exact.norm()).item()
     assert 1e-6 < difference < 0.03, "bfloat16 rounds to three digits, and has to be in use"
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_checkpointed_model_keeps_less_and_gives_the_same_gradients_to_the_bit(compute_dtype: torch.dtype | None) -> None:
+    item_ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8], [0, 0, 0, 0, 9]]).repeat(20, 1)
+    kept_bytes, gradients = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = LRURec(
+            num_items=30, dim=8, hidden=12, blocks=2, dropout=0.5, compute_dtype=compute_dtype, checkpointed=checkpointed
+        )
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(1)  # of the dropout masks, which the second pass over a block has to repeat
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            vectors = model(item_ids, item_ids > 0)
+        kept_bytes.append(sum(kept.values()))
+        after_forward = torch.get_rng_state()
+        (vectors * torch.linspace(-1, 1, vectors.numel()).reshape(vectors.shape)).sum().backward()
+        assert torch.equal(torch.get_rng_state(), after_forward)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert kept_bytes[1] < kept_bytes[0] / 2
+    for name, gradient in gradients[0].items():
+        assert gradient is None or torch.equal(gradient, gradients[1][name]), name
+
+
+def test_places_of_the_kept_positions_may_be_given() -> None:
+    model, item_ids = build(), torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]])
+    keep = item_ids > 0
+    assert torch.equal(model(item_ids, keep, keep.flatten().nonzero().squeeze(1)), model(item_ids, keep))

@@ -214,3 +214,18 @@ def test_training_is_a_bar_of_steps_on_a_terminal_and_lines_elsewhere(tmp_path: 
         "train: validation at step 10: recall@10 0.5000",
         "train: step     15",
     ]
+
+
+def test_a_training_line_names_the_two_largest_shares_of_the_time() -> None:
+    shares = {"waiting_share": 0.04, "forward_share": 0.31, "backward_share": 0.5, "update_share": 0.15, "padding_share": 0.9}
+    record = {
+        "kind": "train",
+        "step": 5,
+        "epoch": 0,
+        "loss": 1.0,
+        "targets_per_s": 1.0,
+        "seconds_left": 1.0,
+        "best_recall@10": 0.0,
+    }
+    assert "1 targets/s (backward 50%, forward 31%)  recall" in describe({**record, **shares})
+    assert "1 targets/s  recall" in describe(record), "of an earlier version"

@@ -3,17 +3,14 @@
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.data
 import torch
 from torch import Tensor
 
 from lrurec_dist.data.batches import iter_evaluation_batches
-from lrurec_dist.data.ray_feed import configure_ray_data
 from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
 from lrurec_dist.data.splits import Part, Split, trains
 from lrurec_dist.errors import DataQualityError, LrurecError
@@ -24,6 +21,9 @@ from lrurec_dist.model.item_table import ItemTable
 from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.model.sharded_table import ShardedItemTable
 from lrurec_dist.reporting import Progress, silent
+
+if TYPE_CHECKING:
+    import ray
 
 
 class Encoder(Protocol):
@@ -113,6 +113,10 @@ def evaluate_dataset(
         DataQualityError: no user is evaluable.
         LrurecError: a user was lost or counted twice.
     """
+    import ray.data  # who ranks shards of its own, as a training rank does, needs no Ray
+
+    from lrurec_dist.data.ray_feed import configure_ray_data
+
     dataset = SequenceDataset(url)
     configure_ray_data()
     shards = ray.data.from_items([{"shard": name} for name in dataset.shard_names], override_num_blocks=len(dataset.shard_names))
@@ -183,6 +187,8 @@ class _ShardRanker:
     def __init__(
         self, url: str, load_model: Callable[[], Any], popularity: "list[ray.ObjectRef[np.ndarray]]", protocol: RankingProtocol
     ) -> None:
+        import ray
+
         arrange_cpu()
         self._dataset = SequenceDataset(url)
         self._model = load_model()

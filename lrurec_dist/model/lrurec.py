@@ -9,6 +9,7 @@ and its result is the two planes the scan works on.
 import math
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from lrurec_dist import PAD_ID
@@ -41,6 +42,10 @@ class RecurrentLayer(nn.Module):
         self.out_proj = nn.Linear(2 * hidden, dim)
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, spans: Tensor, dtype: torch.dtype) -> Tensor:
+        states = parallel_scan(self.decay(), self.drive(x, dtype), spans)
+        return self.read(states, x, dtype)
 
     def decay(self) -> Tensor:
         """(2, hidden) real and imaginary part, modulus below 1 by construction."""
@@ -89,6 +94,8 @@ class LRURec(nn.Module):
         table: item rows to use instead of rows of its own; it keeps its values, and is as wide and as long as said here.
         compute_dtype: of projections and feed-forward, the parameters' own when None. Item rows,
             residual path, LayerNorm and the recurrence keep the parameters' type under bfloat16.
+        checkpointed: keep only each block's input for the backward pass and compute the block again
+            there, dropout masks included: the same gradients, a third more time, less memory.
 
     Parameters are drawn from torch's global generator: seed it for a repeatable model. As in the
     original, all but LayerNorm and the recurrence are truncated normal, std 0.02 within +-0.04.
@@ -111,9 +118,10 @@ class LRURec(nn.Module):
         temperature: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         table: ItemTable | ShardedItemTable | None = None,
+        checkpointed: bool = False,
     ) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.checkpointed = hidden, checkpointed
         self.temperature, self.compute_dtype = temperature, compute_dtype
         if table is not None and (table.num_items, table.weight.shape[1]) != (num_items, dim):
             raise LrurecError(
@@ -129,13 +137,15 @@ class LRURec(nn.Module):
             if not given and "norm." not in name and not name.endswith(RECURRENCE):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
 
-    def forward(self, item_ids: Tensor, keep: Tensor) -> Tensor:
+    def forward(self, item_ids: Tensor, keep: Tensor, kept: Tensor | None = None) -> Tensor:
         """User vectors at the kept positions.
 
         Args:
             item_ids: (batch, length) int64, `PAD_ID` only on a left prefix.
             keep: (batch, length) bool, False only on a left prefix, True wherever item_ids is not
                 `PAD_ID`. A kept padding position gives the vector of a user without history.
+            kept: (keep.sum(),) int64, the places of keep in row-major order, from whom knows them;
+                when None they are looked up, for which the host waits for a GPU.
 
         Returns:
             (keep.sum(), dim): vectors in row-major order of the kept positions, always float32 or
@@ -155,16 +165,22 @@ class LRURec(nn.Module):
         require(is_item[:, :-1] <= is_item[:, 1:], f"item_ids: padding ({PAD_ID}) stands after an item; it belongs on the left")
         require(keep[:, :-1] <= keep[:, 1:], "keep: a dropped position stands after a kept one; rows keep a suffix")
         require(is_item <= keep, "keep: an item is dropped; every item drives the recurrence")
-        kept_ids = item_ids.flatten()[keep.flatten().nonzero().squeeze(1)]
+        kept_ids = item_ids.flatten()[keep.flatten().nonzero().squeeze(1) if kept is None else kept]
         end = keep.sum(1).cumsum(0)
         spans = torch.stack([end - is_item.sum(1), end], dim=1)  # kept padding stays outside, in the state zero
 
         dtype = self.compute_dtype or self.table.weight.dtype
         x = self.norm(self.dropout(self.table(kept_ids)))
-        for recurrent, feed_forward in self.layers():
-            states = parallel_scan(recurrent.decay(), recurrent.drive(x, dtype), spans)
-            x = feed_forward(recurrent.read(states, x, dtype), dtype)
+        for block in self.layers():
+            if self.checkpointed and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(self._block, *block, x, spans, dtype, use_reentrant=False)
+            else:
+                x = self._block(*block, x, spans, dtype)
         return self._user_vectors(x)
+
+    @staticmethod
+    def _block(recurrent: RecurrentLayer, feed_forward: FeedForward, x: Tensor, spans: Tensor, dtype: torch.dtype) -> Tensor:
+        return feed_forward(recurrent(x, spans, dtype), dtype)
 
     def _user_vectors(self, x: Tensor) -> Tensor:
         return nn.functional.normalize(x, dim=1) / self.temperature if self.temperature else x

@@ -1,17 +1,29 @@
 """The one door to DeepSpeed: a model in, optimizer steps out, state keyed by parameter name.
 
-DeepSpeed's JSON is derived here from our own settings. What its checkpoints cannot do (load at
-another world size) is done by name: full optimizer state per parameter, gathered from the ranks
-and scattered to them again.
+What DeepSpeed's checkpoints cannot do (load at another world size) is done by name: full optimizer
+state per parameter, gathered from the ranks and scattered to them again. What its clipping cannot
+do (count gradients that lie elsewhere) is done here: AdamW's fused form divides by a scale and
+skips a step when told to, without the host waiting for either.
 """
 
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
-from deepspeed.utils import logger, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
-from torch import Tensor
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
 
 from lrurec_dist import collectives
 from lrurec_dist.errors import CheckpointError
@@ -19,6 +31,21 @@ from lrurec_dist.model.lrurec import RECURRENCE, LRURec
 from lrurec_dist.train.optimizer import adamw
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    """What an update did with its gradient; scalars on the device, the same on every rank.
+
+    `norm` is that of the whole gradient before clipping, `factor` what the gradient was multiplied
+    with, min(1, clip_norm / norm). `skipped` is 1.0 if the norm was not finite, and then no
+    parameter, moment or step count changed on any rank; else 0.0.
+    """
+
+    norm: Tensor
+    factor: Tensor
+    skipped: Tensor
 
 
 class Engine:
@@ -27,12 +54,13 @@ class Engine:
     Args:
         model: on its device; the same on every rank.
         device: where it computes.
-        zero_stage: 0, 1 or 2.
+        config: DeepSpeed's JSON, from `deepspeed_config.derive`.
         learning_rate, weight_decay, epsilon: of AdamW. Biases and LayerNorm take no decay.
         decay_recurrence: let weight decay reach nu, theta and gamma, as the original does.
         clip_norm: bound on the global gradient norm.
 
-    Needs an initialised process group; it is used as it is.
+    An update is as many `backward` as the config accumulates, then `update`; the same calls on
+    every rank. Needs an initialised process group; it is used as it is.
     """
 
     def __init__(
@@ -40,7 +68,7 @@ class Engine:
         model: LRURec,
         *,
         device: torch.device,
-        zero_stage: int,
+        config: Mapping[str, Any],
         learning_rate: float,
         weight_decay: float,
         decay_recurrence: bool,
@@ -48,6 +76,8 @@ class Engine:
         clip_norm: float,
     ) -> None:
         logger.setLevel(logging.WARNING)
+        # DeepSpeed calls collectives by names that torch is about to drop; nobody who trains can do anything about it.
+        warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
         if device.type == "cpu":
             # Compiling this op takes a minute, and a killed build blocks every later start for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -58,92 +88,168 @@ class Engine:
             {"params": [p for name, p in named if name.endswith(exempt_names)], "weight_decay": 0.0},
         ]
         optimizer = adamw(groups, learning_rate=learning_rate, epsilon=epsilon)
-        config = {
-            "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches are cut by our data order
-            "gradient_accumulation_steps": 1,
-            "steps_per_print": 2**31,
-            "gradient_clipping": clip_norm,
-            "zero_optimization": {"stage": zero_stage},
-            "zero_allow_untested_optimizer": True,  # DeepSpeed lists Adam, its parent class, by exact type
-        }
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._named = named
-        self._zero_stage = zero_stage
+        self._shapes = {name: tuple(p.shape) for name, p in named}  # stage 3 leaves nothing of the parameters' own
+        self._engine, *_ = deepspeed.initialize(model=_Scope(model), optimizer=optimizer, config=dict(config))
+        self._zero_stage = int(config["zero_optimization"]["stage"])
+        self._offloaded = config["zero_optimization"]["offload_optimizer"]["device"] != "none"
+        self.accumulation = int(config["gradient_accumulation_steps"])
+        # Below stage 2 gradients are reduced when the update asks for it, so that its time is known.
+        self._engine.enable_backward_allreduce = self._zero_stage >= 2
+        self._device, self._clip_norm = device, clip_norm
+        self._backwards = 0
         self.model = model
         self._create_moments()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """The model's forward pass."""
-        output: Tensor = self._engine(*inputs)
-        return output
+    def __call__(self, compute: Callable[..., T], *args: Any) -> T:
+        """compute(*args), which finds the model's parameters whole whatever the ZeRO stage.
 
-    def step(self, loss_sum: Tensor, num_targets: int) -> None:
-        """One optimizer update from a sum over this rank's targets.
+        With stage 3, parameters are there within this call and the backward pass of the tensors
+        it returns, and nowhere else.
+        """
+        result: T = self._engine(compute, *args)
+        return result
+
+    def backward(self, loss_sum: Tensor, num_targets: int) -> None:
+        """Add to the gradient from a sum over this rank's targets of one micro-batch.
 
         Args:
-            loss_sum: scalar with a graph, summed over this rank's targets.
-            num_targets: targets on all ranks together, so that the gradient is that of the mean
-                over the global batch whatever the number of ranks.
+            loss_sum: scalar with a graph, summed over the micro-batch; it may have no target.
+            num_targets: targets of the update, on all ranks and in all micro-batches together, so
+                that the gradient is that of the mean over the global batch however it is spread.
         """
+        self._backwards += 1
+        self._engine.set_gradient_accumulation_boundary(self._backwards == self.accumulation)
         # DeepSpeed averages gradients over ranks; times world_size, the average is the sum.
-        self._engine.backward(loss_sum * (collectives.world_size() / num_targets))
+        self._engine.backward(loss_sum * (collectives.world_size() / num_targets), scale_wrt_gas=False)
+        if self._backwards < self.accumulation:
+            self._engine.step()  # counts a micro-batch
+
+    def update(self, outside_sq_norm: float | Tensor = 0.0) -> ClipResult:
+        """One optimizer step with the gradient that was added up, clipped by its global norm.
+
+        Args:
+            outside_sq_norm: square of the norm, over all ranks, of gradients that belong to the
+                same update but are kept elsewhere; the same on every rank. Who keeps them
+                multiplies them with the result's `factor`, and leaves them if it is `skipped`.
+        """
+        assert self._backwards == self.accumulation, "an update needs all of its micro-batches"
+        self._backwards = 0
+        if not self._engine.enable_backward_allreduce:
+            self._engine.allreduce_gradients()
+        sq_norm = torch.zeros((), dtype=torch.float64, device=self._device)
+        gradients = self._gradients()
+        if gradients:
+            sq_norm += torch.stack(torch._foreach_norm(gradients)).double().square().sum().to(self._device)
+        if self._zero_stage > 0:  # each rank has its part
+            collectives.all_reduce_sum(sq_norm)
+        norm = (sq_norm + outside_sq_norm).sqrt()
+        scale = (norm / self._clip_norm).clamp_min(1.0)
+        skipped = (~norm.isfinite()).float()
+        inner: Any = self._inner
+        inner.grad_scale, inner.found_inf = scale.float(), skipped
         self._engine.step()
+        return ClipResult(norm.float(), scale.reciprocal().float(), skipped)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """The rate of the following updates."""
+        for group in self._inner.param_groups:
+            group["lr"] = learning_rate
 
     def parameters(self) -> dict[str, Tensor]:
-        """Every parameter by name, on the CPU."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self._named}
+        """Every parameter by name, whole, on the CPU; all ranks must call."""
+        return {name: whole.to("cpu", copy=True) for name, whole in self._whole_tensors([None])}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Both Adam moments of every parameter, whole, as `<moment>/<name>`; all ranks must call."""
-        return {name: moment.detach().cpu().clone() for name, moment in self._moments()}
+        """Both Adam moments of every parameter, whole, as `<moment>/<name>`, on the CPU; all ranks must call."""
+        return {name: whole.to("cpu", copy=True) for name, whole in self._whole_tensors(_MOMENTS)}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by name, then every moment as `<moment>/<name>`, whole, where they are computed, one at a time.
 
         All ranks must go through all of them, as each is gathered from the ranks when its turn comes.
         """
-        for name, parameter in self._named:
-            yield name, parameter.detach()
-        yield from self._moments()
-
-    def _moments(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._named:
-            for moment in _MOMENTS:
-                whole = (
-                    self._inner.state[parameter][moment]
-                    if self._zero_stage == 0
-                    else safe_get_full_optimizer_state(parameter, moment)
-                )
-                yield f"{moment}/{name}", whole
+        return self._whole_tensors([None, *_MOMENTS])
 
     def load(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor], step: int) -> None:
-        """Take over parameters, moments and step count, saved at any world size and ZeRO stage.
+        """Take over parameters, moments and step count, saved at any world size and ZeRO stage; all ranks must call.
 
         Raises:
             CheckpointError: a name or a shape does not fit this model.
         """
-        expected = {name: tuple(p.shape) for name, p in self._named}
         found = {name: tuple(p.shape) for name, p in parameters.items()}
-        if expected != found:
-            odd = sorted(set(expected.items()) ^ set(found.items()))[0]
+        if self._shapes != found:
+            odd = sorted(set(self._shapes.items()) ^ set(found.items()))[0]
             raise CheckpointError(
                 f"parameter {odd[0]} {odd[1]} is not in both checkpoint and model; model.* or the catalogue differ"
             )
         for name, parameter in self._named:
-            value = parameters[name].to(parameter.device)
+            self._set_whole(parameter, parameters[name].to(self._device))
+            for moment in _MOMENTS:
+                self._set_whole(parameter, optimizer_state[f"{moment}/{name}"].to(self._device), moment)
+        for state in self._inner.state.values():
+            state["step"].fill_(step)
+        if self._zero_stage == 3:
+            self._spread_partitions()
+
+    def _whole_tensors(self, kinds: Iterable[str | None]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters for None, else moments of that name; none of them to be written to."""
+        for moment in kinds:
+            for name, parameter in self._named:
+                if moment is None:
+                    yield name, (safe_get_full_fp32_param(parameter) if self._zero_stage == 3 else parameter).detach()
+                elif self._zero_stage == 0:
+                    yield f"{moment}/{name}", self._inner.state[parameter][moment]
+                else:
+                    yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment)
+
+    def _set_whole(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+        if self._zero_stage == 3:
+            # DeepSpeed's own function for whole values fails where ranks do not divide them
+            numel = parameter.partition_numel()  # type: ignore[attr-defined]
+            flat = nn.functional.pad(value.flatten(), (0, numel * collectives.world_size() - value.numel()))
+            mine = flat.narrow(0, numel * collectives.rank(), numel)
+            if moment is None:
+                safe_set_local_fp32_param(parameter, mine)
+            else:
+                safe_set_local_optimizer_state(parameter, mine, moment)
+            return
+        if moment is None:
             with torch.no_grad():
                 parameter.copy_(value)
             if self._zero_stage > 0:
                 safe_set_full_fp32_param(parameter, value)
-        for name, parameter in self._named:
-            for moment in _MOMENTS:
-                value = optimizer_state[f"{moment}/{name}"].to(parameter.device)
-                if self._zero_stage == 0:
-                    self._inner.state[parameter][moment].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, moment)
-        for state in self._inner.state.values():
-            state["step"].fill_(step)
+        elif self._zero_stage > 0:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            self._inner.state[parameter][moment].copy_(value)
+
+    def _spread_partitions(self) -> None:
+        """Bring what stage 3 computes with up to date with the partitions that AdamW steps, as its own step does."""
+        optimizer = self._engine.optimizer
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:  # small ones, which every rank has whole
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's part of the reduced gradient, as the optimizer is about to see it."""
+        if self._zero_stage == 0:
+            return [parameter.grad for _, parameter in self._named if parameter.grad is not None]
+        if self._offloaded:
+            return [flat.grad for flat in self._flat_partitions() if flat.grad is not None]
+        return [part for parts in self._engine.optimizer.averaged_gradients.values() for part in parts]
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """What the torch optimizer steps: parameters below stage 1, above it a flat part of each group."""
+        optimizer = self._engine.optimizer
+        if self._zero_stage == 0:
+            return [parameter for _, parameter in self._named]
+        flat: list[Tensor] = (
+            optimizer.fp32_partitioned_groups_flat if self._zero_stage == 3 else optimizer.single_partition_of_fp32_groups
+        )
+        return flat
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -157,11 +263,21 @@ class Engine:
         DeepSpeed links state to names after the step of the *first* group, when the second has
         none yet, and never again; so everything has to be there before.
         """
-        for group in self._inner.param_groups:
-            for parameter in group["params"]:
-                self._inner.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),  # the fused step counts where the parameter is
-                    **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
-                }
-        if self._zero_stage > 0:
+        for parameter in self._flat_partitions():
+            self._inner.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),  # the fused step counts where the parameter is
+                **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+            }
+        if self._zero_stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+class _Scope(nn.Module):
+    """What DeepSpeed takes for the model: whatever is computed in its forward finds the parameters whole."""
+
+    def __init__(self, model: LRURec) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Any], *args: Any) -> Any:
+        return compute(*args)

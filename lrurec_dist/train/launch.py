@@ -16,8 +16,8 @@ from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import from_dict, to_dict
 from lrurec_dist.errors import LrurecError
-from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.reporting import METRICS, MetricsFile
+from lrurec_dist.train.worker_process import prepare_process, set_threads
 
 # Ray trains on a thread of its own. glibc gives that an arena of 64 MiB pieces, which go back to the kernel with every
 # step whatever `keep_freed_memory` asks: a third more page faults. One arena for all threads keeps what it has.
@@ -52,7 +52,7 @@ def launch_training(config: Config) -> None:
             name=f"attempt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
             storage_path=storage.join(config.run_dir, "ray"),
             failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},  # type: ignore[call-arg]  # Ray shows checkers an older class
         ),
     )
     try:
@@ -78,8 +78,7 @@ def _cause_of(error: BaseException) -> LrurecError:
 
 
 def _worker_entry(arguments: dict[str, Any]) -> None:
-    if not arguments["cuda"]:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported, or it takes a GPU it sees
+    prepare_process(arguments["cuda"])
     from lrurec_dist.train.loop import train  # DeepSpeed is a worker's business, not the driver's
 
     config = from_dict(arguments["config"])
@@ -88,8 +87,5 @@ def _worker_entry(arguments: dict[str, Any]) -> None:
         device = ray.train.torch.get_device()
     else:
         device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local_workers = ray.train.get_context().get_local_world_size()
-        arrange_cpu()
-        torch.set_num_threads(config.train.threads_per_worker or max(1, cores // local_workers))
+        set_threads(config.train.threads_per_worker, ray.train.get_context().get_local_world_size())
     train(config, device, ray.train.report)

@@ -3,6 +3,7 @@
 Free of Ray but for the feed: the process group exists, and `report` is whatever the launcher gives.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,8 @@ import torch
 
 from lrurec_dist import collectives, storage
 from lrurec_dist.config import Config
-from lrurec_dist.data.batches import TrainingBatch, read_for_training
+from lrurec_dist.config_file import to_dict
+from lrurec_dist.data.batches import read_for_training
 from lrurec_dist.data.feed import iter_training_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DivergenceError, LrurecError
@@ -23,10 +25,15 @@ from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.checkpoint_writer import CheckpointWriter
+from lrurec_dist.train.deepspeed_config import derive
 from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.order import data_order
 from lrurec_dist.train.pieces import pieces_of_rank
 from lrurec_dist.train.resume import begin, describe_subject
+from lrurec_dist.train.schedule import learning_rate_schedule
+from lrurec_dist.train.trackers import Trackers
+from lrurec_dist.train.transfer import MicroBatch, StepBatch, iter_step_batches
+from lrurec_dist.train.window import Window
 
 RANKING_REPORT_S = 10.0  # between records of how far a validation is
 
@@ -70,21 +77,39 @@ class _Worker:
         self.product_dtype = None if options.precision == "float32" else torch.bfloat16
         self.sampler = self._sampler() if config.loss.negatives else None
         self.engine = Engine(
-            LRURec(**self.shape, compute_dtype=self.product_dtype).to(device),
+            self._new_model(checkpointed=options.activation_checkpointing),
             device=device,
-            zero_stage=options.zero_stage,
+            config=derive(
+                device=device,
+                zero_stage=options.zero_stage,
+                accumulation=options.accumulation,
+                offload_optimizer=options.offload_optimizer,
+                offload_parameters=options.offload_parameters,
+                extras=options.deepspeed,
+            ),
             learning_rate=options.learning_rate,
             weight_decay=options.weight_decay,
             decay_recurrence=options.decay_recurrence,
             epsilon=options.epsilon,
             clip_norm=options.clip_norm,
         )
+        self.learning_rate = learning_rate_schedule(
+            schedule=options.schedule,
+            learning_rate=options.learning_rate,
+            warmup_steps=options.warmup_steps,
+            max_steps=options.max_steps,
+            final_share=options.final_learning_rate_share,
+        )
         self.metrics_file = MetricsFile(storage.join(config.run_dir, METRICS))
+        self.trackers = Trackers(config.run_dir, options.track if self.rank == 0 else [], to_dict(config))
         group, subject = collectives.new_group(), describe_subject(config, self.dataset, self.shape)
         self.progress, damaged = begin(config, self.dataset, self.engine, subject, group, self._note)
         self.checkpoints = CheckpointWriter(
             config.run_dir, subject=subject, keep=options.keep_checkpoints, damaged=damaged, group=group, record=self._write
         )
+
+    def _new_model(self, checkpointed: bool = False) -> LRURec:
+        return LRURec(**self.shape, compute_dtype=self.product_dtype, checkpointed=checkpointed).to(self.device)
 
     def _note(self, text: str) -> None:
         self._write("note", text=text)
@@ -92,9 +117,10 @@ class _Worker:
     def _write(self, kind: str, **values: object) -> None:
         if self.rank == 0:
             self.metrics_file.write(kind, **values)
+            self.trackers.write(kind, values)
 
-    def _batches(self) -> Iterator[TrainingBatch]:
-        return iter_training_batches(
+    def _batches(self) -> Iterator[StepBatch]:
+        batches = iter_training_batches(
             self.dataset,
             self.order,
             epoch=self.progress.epoch,
@@ -103,33 +129,38 @@ class _Worker:
             world_size=self.world_size,
             feed=self.config.batch.feed,
         )
+        return iter_step_batches(batches, accumulation=self.engine.accumulation, device=self.device)
 
     def run(self, report: Callable[[dict[str, float]], None]) -> str:
         with self.checkpoints:  # the end waits for what is being written
             stop = self._train(report)
         self._note(f"ended after {self.progress.step:,} steps: {stop}")
+        self.trackers.close()
         return stop
 
     def _train(self, report: Callable[[dict[str, float]], None]) -> str:
         options = self.config.train
-        window = _Window(self.device)
+        window = Window(self.device)
         stop = self._exhausted()
-        waited_from = time.perf_counter()
-        for batch in self._batches() if not stop else ():
-            window.waiting_s += time.perf_counter() - waited_from
-            window.add(*self._step(batch))
+        batches = self._batches()
+        while not stop:
+            with window.phase("waiting"):
+                batch = next(batches)
+            step = self.progress.step + 1
+            reported = step % options.report_every == 0 or step == options.max_steps
+            window.sampled = reported
+            self._step(batch, window)
             moved_on = batch.epoch != self.progress.epoch
             self.progress = replace(
                 self.progress,
-                step=self.progress.step + 1,
+                step=step,
                 epoch=batch.epoch,
                 batches_into_epoch=1 if moved_on else self.progress.batches_into_epoch + 1,
             )
-            step = self.progress.step
-            if step % options.report_every == 0 or step == options.max_steps:
+            if reported:
                 self._report_window(window)
                 stop = self._exhausted()
-                window = _Window(self.device)
+                window = Window(self.device)
             validates = step % options.validate_every == 0 or bool(stop)
             if validates or (options.checkpoint_every and step % options.checkpoint_every == 0):
                 started = time.perf_counter()
@@ -140,50 +171,59 @@ class _Worker:
                     self._save(None)
                 window.leave_out(time.perf_counter() - started)
                 self.progress = replace(self.progress, seconds=self.progress.seconds + time.perf_counter() - started)
-            if stop:
-                break
-            waited_from = time.perf_counter()
         return stop
 
-    def _step(self, batch: TrainingBatch) -> tuple[torch.Tensor, int, int, int]:
-        """One update; returns the loss sum and targets of this rank, and its real and padded positions."""
+    def _step(self, batch: StepBatch, window: Window) -> None:
+        """One update, counted in the window."""
         # Dropout masks are a function of (seed, step, rank), so a resumed run repeats them.
         torch.manual_seed(hash((self.config.seed, self.progress.step, self.rank)))
-        item_ids = torch.from_numpy(batch.item_ids).to(self.device)
-        targets = torch.from_numpy(batch.targets).to(self.device)
-        keep = (targets > 0) | (item_ids > 0)  # what is input alone drives the recurrence
+        self.engine.set_learning_rate(self.learning_rate(self.progress.step))
+        loss_sum, counts = torch.zeros((), device=self.device), [0, 0, 0]
+        for micro in batch.micro_batches:
+            with window.phase("forward"):
+                micro_loss = self._forward(micro)
+            with window.phase("backward"):
+                self.engine.backward(micro_loss, batch.num_targets)
+            loss_sum += micro_loss.detach()
+            seen = (micro.targets.numel(), micro.kept.numel(), micro.keep.numel())
+            counts = [sum(pair) for pair in zip(counts, seen, strict=True)]
+        with window.phase("update"):
+            clipped = self.engine.update()
+        window.add(loss_sum, clipped, *counts)
+
+    def _forward(self, micro: MicroBatch) -> torch.Tensor:
         try:
-            vectors = self.engine(item_ids, keep)
+            loss: torch.Tensor = self.engine(self._loss, micro)
         except LrurecError as error:  # a batch of ours is sound, so it is the parameters that ran away
             raise DivergenceError(
                 f"loss is nan before step {self.progress.step + 1}, train.learning_rate={self.config.train.learning_rate:g}: {error}; "
                 "lower the rate, or resume from the last checkpoint"
             ) from error
-        targets = targets[keep]
-        if self.order.windows == "sliding":  # the others keep nothing without a target
-            predicted = targets > 0
-            vectors, targets = vectors[predicted], targets[predicted]
-        loss_sum, num_targets = self._loss(vectors, targets)
-        self.engine.step(loss_sum, batch.num_targets)
-        return loss_sum.detach(), num_targets, int(keep.sum()), keep.numel()
+        return loss
 
-    def _loss(self, vectors: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def _loss(self, micro: MicroBatch) -> torch.Tensor:
+        """Sum over the targets of a micro-batch; runs inside the engine's forward."""
         model, options = self.engine.model, self.config.loss
+        vectors = model(micro.item_ids, micro.keep, micro.kept)
+        if micro.predicted is not None:
+            vectors = vectors[micro.predicted]
         if self.sampler is None:
             return softmax_loss(
                 vectors,
                 model.table.weight,
                 model.table.bias,
-                targets,
+                micro.targets,
                 include_padding_class=options.include_padding_class,
                 unit_rows=bool(model.temperature),
                 product_dtype=self.product_dtype,
-            )
-        # one sample for all ranks, so that the loss does not depend on how many there are
+            )[0]
+        # one sample for all ranks and micro-batches, so that the loss does not depend on how many there are
         negatives = self.sampler.draw(options.negatives, hash((self.config.seed, self.progress.step)) % 2**63)
         log_probability = self.sampler.log_probability
         rows, bias = model.item_rows(), model.table.bias
-        return sampled_softmax_loss(vectors, rows, bias, targets, negatives, log_probability, product_dtype=self.product_dtype)
+        return sampled_softmax_loss(
+            vectors, rows, bias, micro.targets, negatives, log_probability, product_dtype=self.product_dtype
+        )[0]
 
     def _sampler(self) -> NegativeSampler:
         """Counts what trains, each rank its own shards: the catalogue's counts know the held-out interactions too."""
@@ -191,28 +231,35 @@ class _Worker:
         counts = collectives.all_reduce_sum(torch.from_numpy(mine).to(self.device))
         return NegativeSampler(counts, self.config.loss.sampling)
 
-    def _report_window(self, window: "_Window") -> None:
-        loss_sum, num_targets, real, padded, waiting_s = collectives.all_reduce_sum(window.totals()).tolist()
-        step, loss = self.progress.step, loss_sum / max(1.0, num_targets)
-        if loss != loss or loss in (float("inf"), float("-inf")):
+    def _report_window(self, window: Window) -> None:
+        totals = window.totals()
+        step, loss = self.progress.step, totals["loss_sum"] / max(1.0, totals["num_targets"])
+        rate, skipped_steps = self.config.train.learning_rate, round(totals["skipped_steps"])
+        if not math.isfinite(loss) or skipped_steps == window.steps:
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"no gradient is finite, loss is {loss:.4f}"
             raise DivergenceError(
-                f"loss is {loss} within {window.steps} steps before step {step}, train.learning_rate={self.config.train.learning_rate:g}; "
+                f"{what} within {window.steps} steps before step {step}, train.learning_rate={rate:g}; "
                 "lower the rate, or resume from the last checkpoint"
             )
         self.progress = replace(self.progress, seconds=self.progress.seconds + window.seconds)
+        norm = window.gradient_norm.item()
         self._write(
             "train",
             step=step,
             epoch=self.progress.epoch,
             loss=loss,
-            targets_per_s=num_targets / window.seconds,
-            padded_per_real=padded / max(1.0, real),
-            waiting_share=waiting_s / self.world_size / window.seconds,
+            learning_rate=self.learning_rate(step - 1),
+            gradient_norm=norm if math.isfinite(norm) else None,  # JSON has no word for it
+            skipped_steps=skipped_steps,
+            targets_per_s=totals["num_targets"] / window.seconds,
+            padded_per_real=totals["padded"] / max(1.0, totals["real"]),
+            padding_share=1 - totals["real"] / max(1.0, totals["padded"]),
+            **{name: value for name, value in totals.items() if name.endswith("_share")},
             seconds_left=self._time_left(window),
             **{"best_recall@10": max(self.progress.best_recall, 0.0)},
         )
 
-    def _time_left(self, window: "_Window") -> float:
+    def _time_left(self, window: Window) -> float:
         options = self.config.train
         left = (options.max_steps - self.progress.step) * window.seconds / window.steps
         return max(0.0, min(left, options.max_minutes * 60 - self.progress.seconds) if options.max_minutes else left)
@@ -229,10 +276,18 @@ class _Worker:
             return f"train.max_minutes={options.max_minutes:g} reached"
         return ""
 
+    def _whole_model(self) -> LRURec:
+        """What ranks users: the model itself, or a whole copy where the ranks hold parts of it."""
+        if self.config.train.zero_stage < 3:
+            return self.engine.model
+        whole = self._new_model()
+        whole.load_state_dict(self.engine.parameters())
+        return whole
+
     def _validate(self) -> dict[str, float]:
         """Rank the validation targets, keep the checkpoint, and say how it went."""
         started = time.perf_counter()
-        model, options = self.engine.model, self.config.evaluate
+        model, options = self._whole_model(), self.config.evaluate
         protocol = RankingProtocol(
             split=self.order.split,
             part="validation",
@@ -274,31 +329,3 @@ class _Worker:
     def _save(self, validation: dict[str, float] | None) -> None:
         pieces = pieces_of_rank(self.engine.tensors(), self.rank, self.world_size)
         self.checkpoints.save(pieces, self.progress, validation)
-
-
-class _Window:
-    """Sums since the last report."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self.steps = 0
-        self.waiting_s = 0.0
-        self._started = time.perf_counter()
-
-    def add(self, loss_sum: torch.Tensor, num_targets: int, real: int, padded: int) -> None:
-        """Count one step."""
-        self._sums += torch.stack([loss_sum.double(), *self._sums.new_tensor([num_targets, real, padded])])
-        self.steps += 1
-
-    def totals(self) -> torch.Tensor:
-        """(5,): loss sum, targets, real positions, positions with padding, seconds spent waiting for data."""
-        return torch.cat([self._sums, self._sums.new_tensor([self.waiting_s])])
-
-    def leave_out(self, seconds: float) -> None:
-        """Do not count the last so many seconds: they were not spent on steps."""
-        self._started += seconds
-
-    @property
-    def seconds(self) -> float:
-        """Since the window began."""
-        return max(1e-9, time.perf_counter() - self._started)
