@@ -14,6 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FOUNDATION = {
     "errors",
     "config",
+    "config_data",
     "config_file",
     "storage",
     "conditional",
