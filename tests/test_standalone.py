@@ -72,8 +72,10 @@ def test_torchrun_repeats_the_run_under_ray_to_the_bit_without_importing_ray(tmp
     script, seen = tmp_path / "train.py", tmp_path / "seen"
     script.write_text(SCRIPT)
     seen.mkdir()
+    defaults = tmp_path / "defaults.yaml"
+    defaults.write_text("# nothing\n")
     settings = [*SETTINGS, f"dataset.dir={dataset_url}"]
-    done = torchrun(script, f"run_dir={tmp_path}/plain", *settings, seen=seen)
+    done = torchrun(script, str(defaults), f"run_dir={tmp_path}/plain", *settings, seen=seen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [(seen / str(rank)).read_text().split() for rank in (0, 1)] == [["deepspeed", "omegaconf"]] * 2
     assert done.stdout.count("train: step ") == 5, "rank 0 alone prints"
