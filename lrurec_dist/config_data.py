@@ -137,7 +137,9 @@ class BatchConfig:
     global_batch_size: int = 128  # windows per optimizer step, all ranks together
     tokens: int = 0  # above 0: windows of similar length, windows x longest at most this, instead of global_batch_size
     max_length: int = 50  # interactions per window
-    windows: Literal["paper", "sliding"] = "paper"  # sliding: overlapping, so that long histories lose no target
+    # sliding: overlapping, so that long histories lose no target; carried: from a history's start on, each going on from the
+    # state in which the one before it ended, so that a model learns from all of it: global_batch_size users side by side
+    windows: Literal["paper", "sliding", "carried"] = "paper"
     stride: int = 0  # sliding: targets of each window but a sequence's earliest, which predicts all it has
     first_item_is_target: bool = True  # predict a window's first item from padding, as the paper does
     shards_mixed: int = 64  # sequence shards shuffled together and held in memory by whoever cuts batches
@@ -149,7 +151,7 @@ class BatchConfig:
         require(self.shards_mixed >= 1, "batch.shards_mixed", self.shards_mixed, "needs at least 1")
         require(self.tokens >= 0, "batch.tokens", self.tokens, "cannot be negative; 0 takes global_batch_size windows")
         require(
-            self.windows == "paper" or 1 <= self.stride <= self.max_length,
+            self.windows != "sliding" or 1 <= self.stride <= self.max_length,
             "batch.stride",
             self.stride,
             f"batch.windows=sliding needs a stride from 1 to batch.max_length={self.max_length}, e.g. {self.max_length // 2}",
@@ -158,7 +160,13 @@ class BatchConfig:
             self.windows == "sliding" or self.stride == 0,
             "batch.stride",
             self.stride,
-            "means nothing to batch.windows=paper; set batch.windows=sliding, or leave it at 0",
+            f"means nothing to batch.windows={self.windows}; set batch.windows=sliding, or leave it at 0",
+        )
+        require(
+            self.windows != "carried" or self.tokens == 0,
+            "batch.tokens",
+            self.tokens,
+            "means nothing to batch.windows=carried, whose batches are a window of each of batch.global_batch_size users; leave it at 0",
         )
 
 

@@ -15,16 +15,16 @@ from lrurec_dist.data.batches import (
     TrainingBatch,
     TrainingWindows,
     count_windows,
-    cut_windows,
     group_shards,
     iter_batches,
     iter_evaluation_batches,
     pad_left,
+    plan_sizes,
     untrained_targets,
-    window_positions,
 )
 from lrurec_dist.data.sequences import SCHEMA_VERSION, LengthHistogram, SequenceDataset, SequenceShard
 from lrurec_dist.data.splits import Split
+from lrurec_dist.data.windows import cut_windows
 from lrurec_dist.errors import DataQualityError
 
 MAX_LENGTH = 4
@@ -292,12 +292,15 @@ def test_evaluation_batches_follow_history_length():
     assert users == [[1, 3], [4, 2], [0]]
 
 
+@pytest.mark.parametrize("windows", ["paper", "carried"])
 @pytest.mark.parametrize("first_item_is_target", [True, False])
-def test_windows_are_counted_without_being_cut(first_item_is_target):
+def test_windows_are_counted_without_being_cut(first_item_is_target, windows):
     for lengths in [*LENGTHS_PER_SHARD, [0], []]:
         shard = make_shard([list(range(1, length + 1)) for length in lengths])
-        order = dataclasses.replace(ORDER, first_item_is_target=first_item_is_target)
-        assert window_positions(shard, order).tolist() == TrainingWindows([shard], order).positions.tolist()
+        order = dataclasses.replace(ORDER, first_item_is_target=first_item_is_target, windows=windows)
+        cut = TrainingWindows([shard], order)
+        assert plan_sizes(shard, order).tolist() == cut.sizes.tolist()
+        assert (cut.sizes.sum() if windows == "carried" else len(cut.sizes)) == len(cut)
 
 
 @settings(deadline=None)  # a loaded machine is slow now and then

@@ -203,6 +203,18 @@ def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
         ),
         (["batch.windows=sliding"], "batch.stride=0", "needs a stride from 1 to batch.max_length=50", "e.g. 25"),
         (["batch.windows=sliding", "batch.stride=51"], "batch.stride=51", "needs a stride from 1", "e.g. 25"),
+        (
+            ["batch.windows=carried", "batch.stride=5"],
+            "batch.stride=5",
+            "means nothing to batch.windows=carried",
+            "leave it at 0",
+        ),
+        (
+            ["batch.windows=carried", "batch.tokens=4096"],
+            "batch.tokens=4096",
+            "means nothing to batch.windows=carried",
+            "leave it at 0",
+        ),
         (["batch.stride=5"], "batch.stride=5", "means nothing to batch.windows=paper", "set batch.windows=sliding"),
         (["split.test_from=1d"], "split.test_from=1d", "means nothing to split.kind=leave_last_out", "split.kind=global_time"),
         (["split.kind=global_time", "split.test_from=1d"], "split.train_until=''", "is no time", "such as 2d, 12h, 10%"),

@@ -29,6 +29,9 @@ OTHER_ORDER = dataclasses.replace(
 )
 
 
+CARRIED_ORDER = dataclasses.replace(ORDER, windows="carried")
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return write_dataset(str(tmp_path_factory.mktemp("feed")), chain_sequences(70, 30), 30, shards=5)
@@ -55,16 +58,22 @@ def test_a_feed_yields_the_batches_of_the_order_across_epochs(monkeypatch, datas
     assert len({batch.epoch for batch in fed}) >= 4
 
 
+@pytest.mark.parametrize(
+    ("order", "kind"),
+    [(OTHER_ORDER, "ray"), (CARRIED_ORDER, "ray"), (CARRIED_ORDER, "local")],
+    ids=["token budget, sliding windows and split by Ray", "carried windows by Ray", "carried windows"],
+)
 @pytest.mark.usefixtures("ray_session")
-def test_ray_tasks_keep_to_token_budget_sliding_windows_and_split(monkeypatch, dataset):
+def test_a_feed_keeps_to_every_option_of_the_order(monkeypatch, dataset, order, kind):
     monkeypatch.setattr(ray_feed, "BATCHES_PER_TASK", 2)
     place = {"epoch": 1, "first_batch": 5, "rank": 1, "world_size": 2}
-    expected = list(itertools.islice(iter_batches(dataset, OTHER_ORDER, **place), 45))
-    stream = feed.iter_training_batches(dataset, OTHER_ORDER, feed="ray", **place)
+    expected = list(itertools.islice(iter_batches(dataset, order, **place), 45))
+    stream = feed.iter_training_batches(dataset, order, feed=kind, **place)
     fed = list(itertools.islice(stream, len(expected)))
     stream.close()
     assert_same(fed, expected)
     assert {batch.epoch for batch in fed} >= {1, 2}
+    assert (order.windows == "carried") == any(batch.goes_on is not None and batch.goes_on.any() for batch in fed)
 
 
 class Unread(SequenceDataset):

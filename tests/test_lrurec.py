@@ -124,6 +124,45 @@ def test_step_by_step_equals_forward() -> None:
     torch.testing.assert_close(model.encode(item_ids), by_step[-1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_state_is_that_before_the_first_item_however_much_padding_stands_before_it() -> None:
+    model = build().double()
+    state = torch.randn_like(model.init_state(3))
+    rows = torch.tensor([[0, 0, 0, 5, 6], [1, 2, 3, 4, 5], [0, 7, 8, 9, 9]])
+    together, new_state = model(rows, rows > 0, state=state)
+    vectors = together.split((rows > 0).sum(1).tolist())
+    for row, items in enumerate(rows):
+        alone = items[items > 0][None]
+        expected, state_alone = model(alone, alone > 0, state=state[:, row : row + 1])
+        torch.testing.assert_close(vectors[row], expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(new_state[:, row : row + 1], state_alone, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(together, model(rows, rows > 0)), "the state matters, or the test would prove nothing"
+
+
+@pytest.mark.parametrize("rows", [[[0, 0], [0, 3]], [[0, 3], [0, 0]], [[0, 0], [0, 0]]])
+def test_a_row_without_items_keeps_its_state(rows: list[list[int]]) -> None:
+    model = build()
+    item_ids = torch.tensor(rows)
+    state = torch.randn_like(model.init_state(2))
+    for keep in (item_ids > 0, torch.ones_like(item_ids) > 0):
+        _, new_state = model(item_ids, keep, state=state)
+        for row, items in enumerate(rows):
+            assert torch.equal(new_state[:, row], state[:, row]) == (not any(items))
+
+
+def test_gradients_of_a_history_in_pieces_are_those_of_the_whole_if_the_state_is_not_detached() -> None:
+    model = build().double()
+    history = torch.randint(1, 31, (3, 20))
+    model(history, history > 0).square().sum().backward()
+    whole = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    state = model.init_state(3)
+    for piece in history.split(7, dim=1):
+        vectors, state = model(piece, piece > 0, state=state)
+        vectors.square().sum().backward(retain_graph=True)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-8, atol=1e-10)
+
+
 def test_future_items_receive_zero_gradient() -> None:
     model = build()
     item_ids = torch.arange(1, 9).unsqueeze(0)  # every item once, so a row's gradient belongs to one position

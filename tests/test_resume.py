@@ -18,9 +18,9 @@ from lrurec_dist.train.checkpoint_writer import CheckpointWriter
 from tests.datasets import chain_sequences, write_dataset
 from tests.processes import run_ranks
 from tests.test_checkpoint import SUBJECT
-from tests.test_engine import NUM_ITEMS, as_arrays, assert_same, build_engine, train_steps
+from tests.test_engine import NUM_ITEMS, as_arrays, build_engine, train_steps
 
-STEPS = 6
+STEPS = 4
 
 
 def go_on(run: str, url: str, zero_stage: int, last: int) -> tuple[list[float], list[str]]:
@@ -31,8 +31,8 @@ def go_on(run: str, url: str, zero_stage: int, last: int) -> tuple[list[float], 
     config, dataset = load_config(None, [f"run_dir={run}", f"dataset.dir={url}"]), SequenceDataset(url)
     engine, group, notes = build_engine(zero_stage), collectives.new_group(), []
     subject = describe_subject(config, dataset, {"num_items": NUM_ITEMS})
-    progress, damaged = begin(config, dataset, engine, subject, group, notes.append)
-    losses = train_steps(engine, url, progress.step, last)
+    progress, damaged = begin(config, dataset, engine, None, subject, group, notes.append)
+    losses, _ = train_steps(engine, progress.step, last)
     options = {"subject": subject, "keep": 2, "damaged": damaged, "group": group, "record": lambda *_, **__: None}
     with CheckpointWriter(run, **options) as writer:
         mine = pieces.pieces_of_rank(engine.tensors(), collectives.rank(), collectives.world_size())
@@ -42,7 +42,7 @@ def go_on(run: str, url: str, zero_stage: int, last: int) -> tuple[list[float], 
 
 def uninterrupted(url: str) -> tuple[list[float], dict[str, np.ndarray], dict[str, np.ndarray]]:
     engine = build_engine(0)
-    losses = train_steps(engine, url, 0, STEPS)
+    losses, _ = train_steps(engine, 0, STEPS)
     return losses, as_arrays(engine.parameters()), as_arrays(engine.optimizer_state())
 
 
@@ -53,13 +53,13 @@ def alone(run: str, url: str, zero_stage: int, last: int) -> Any:
 def test_a_run_goes_on_at_any_world_size_and_zero_stage_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     url = write_dataset(str(tmp_path / "data"), chain_sequences(64, NUM_ITEMS), NUM_ITEMS, shards=4).url
     run = str(tmp_path / "run")
-    found = [run_ranks(2, go_on, run, url, 1, 2)[0]]
-    one, (losses, parameters, moments) = run_ranks(1, alone, run, url, 2, 3)[0]
-    found += [one, run_ranks(3, go_on, run, url, 0, 4)[0], run_ranks(2, go_on, run, url, 2, STEPS)[0]]
-    assert [len(part) for part, _ in found] == [2, 1, 1, 2]
+    found = [run_ranks(2, go_on, run, url, 1, 1)[0]]
+    one, (losses, parameters, moments) = run_ranks(1, alone, run, url, 2, 2)[0]
+    found += [one, run_ranks(3, go_on, run, url, 0, 3)[0], run_ranks(2, go_on, run, url, 3, STEPS)[0]]
+    assert [len(part) for part, _ in found] == [1, 1, 1, 1]
     assert [notes for _, notes in found] == [
         [],
-        *([f"resuming from {run}/checkpoints/step_{step:06d}"] for step in (2, 3, 4)),
+        *([f"resuming from {run}/checkpoints/step_{step:06d}"] for step in (1, 2, 3)),
     ]
     assert [loss for part, _ in found for loss in part] == pytest.approx(losses, rel=1e-5)
     last = str(find_checkpoint(run, "last"))
@@ -68,7 +68,10 @@ def test_a_run_goes_on_at_any_world_size_and_zero_stage_as_if_it_had_not_stopped
     assert len(manifest["tensors"]["table.weight"]["pieces"]) == 2
     with pieces.PieceReader(last, manifest["tensors"]) as reader:
         saved = {name: reader.read(name).numpy() for name in manifest["tensors"]}
-    assert_same(saved, {**parameters, **moments})
+    expected = {**parameters, **moments}
+    assert saved.keys() == expected.keys()
+    for name, value in expected.items():  # gradients are summed in another order, which Adam's division magnifies
+        np.testing.assert_allclose(saved[name], value, rtol=2e-3, atol=2e-5, err_msg=name)
 
 
 def refusal(manifest: dict[str, Any], subject: Subject) -> str:

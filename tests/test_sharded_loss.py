@@ -22,7 +22,7 @@ from tests.processes import run_ranks
 from tests.sharded import dense, own, sharded, whole
 
 NUM_ITEMS, DIM = 39, 6  # 40 rows: 14, 13 and 13 on three ranks
-COUNTS = {"uneven": (37, 0, 5), "none": (0, 0, 0)}
+COUNTS = {"uneven": (37, 0, 5), "none": (0, 0, 0), "many": (90, 0, 20)}
 FACTOR = 0.37  # stands for a division by the global number of targets
 
 Case = tuple[str, torch.dtype, dict[str, Any]]
@@ -32,6 +32,8 @@ CASES: list[Case] = [
         for include, unit, tile in itertools.product((True, False), (False, True), (50, 1 << 20))
     ),
     ("uneven", torch.float32, {"include_padding_class": True, "tile_elements": 50}),
+    # 13 rows would fit a tile beside 64 targets and 14 would not: ranks that cut by their own rows would not meet
+    ("many", torch.float64, {"include_padding_class": True, "tile_elements": 430}),
     ("uneven", torch.float32, {"include_padding_class": False}),
     ("uneven", torch.float32, {"include_padding_class": False, "product_dtype": torch.bfloat16}),
     ("none", torch.float32, {"include_padding_class": True}),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrurec_dist.data.batches import DataOrder, TrainingWindows, iter_evaluation_batches, window_positions
+from lrurec_dist.data.batches import DataOrder, TrainingWindows, iter_evaluation_batches, plan_sizes
 from lrurec_dist.data.sequences import SequenceShard
 from lrurec_dist.data.splits import PARTS, Split, describe_split, resolve_split, trains
 from lrurec_dist.errors import ConfigError, LrurecError
@@ -101,7 +101,7 @@ def test_windows_and_counts_hold_training_interactions_alone(times, split, slidi
     seen = Counter(targets[targets > 0].tolist())
     assert set(seen) | set(item_ids[item_ids > 0].tolist()) <= training
     assert not sliding or seen == Counter(training)
-    assert window_positions(shard, order).tolist() == windows.positions.tolist()
+    assert plan_sizes(shard, order).tolist() == windows.sizes.tolist()
     assert set(shard.item_ids[trains(shard, split.bounds(shard))].tolist()) == training
     assert training_counts([shard], split, 63).nonzero()[0].tolist() == sorted(training)
 

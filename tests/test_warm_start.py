@@ -52,6 +52,7 @@ def yesterday(tmp_path: Path) -> str:
 
 
 def start(run: str, url: str, warm_from: str, zero_stage: int, moments: bool, **shape: Any) -> dict[str, Any]:
+    from lrurec_dist.train.deepspeed_config import derive
     from lrurec_dist.train.engine import Engine  # DeepSpeed only where a rank runs
     from lrurec_dist.train.resume import begin, describe_subject
 
@@ -62,7 +63,14 @@ def start(run: str, url: str, warm_from: str, zero_stage: int, moments: bool, **
     engine = Engine(
         LRURec(**model),
         device=torch.device("cpu"),
-        zero_stage=zero_stage,
+        config=derive(
+            device=torch.device("cpu"),
+            zero_stage=zero_stage,
+            accumulation=1,
+            offload_optimizer="none",
+            offload_parameters="none",
+            extras={},
+        ),
         learning_rate=0.01,
         weight_decay=0.1,
         decay_recurrence=False,
@@ -70,7 +78,9 @@ def start(run: str, url: str, warm_from: str, zero_stage: int, moments: bool, **
         clip_norm=1.0,
     )
     notes: list[str] = []
-    progress, _ = begin(config, dataset, engine, describe_subject(config, dataset, model), collectives.new_group(), notes.append)
+    progress, _ = begin(
+        config, dataset, engine, None, describe_subject(config, dataset, model), collectives.new_group(), notes.append
+    )
     arrays = {name: tensor.numpy().copy() for name, tensor in engine.tensors()}
     counts = {float(state["step"]) for state in engine._inner.state.values()}
     return {"progress": progress, "tensors": arrays, "counts": counts, "notes": notes}

@@ -4,8 +4,9 @@ The order of training windows is a function of (seed, epoch) alone: shards are p
 in groups, the windows of a group are shuffled together and cut into global batches, and a rank
 takes its slice of each. So any number of workers sees the same global batches, no rank runs out
 before another, and no window is dropped or repeated within an epoch. The last batch of a group
-may be short; the loss is weighted by targets, so that is no bias. `splits.py` says what trains,
-`feed.py` decides where batches are made.
+may be short; the loss is weighted by targets, so that is no bias. Where a state is carried from
+window to window, users are shuffled and not their windows (`lanes.py`). `splits.py` says what
+trains, `windows.py` where it is cut, `feed.py` decides where batches are made.
 """
 
 import itertools
@@ -16,8 +17,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lrurec_dist import PAD_ID
+from lrurec_dist.data.lanes import NO_WINDOW, count_lane_batches, fill_lanes
 from lrurec_dist.data.sequences import LengthHistogram, SequenceDataset, SequenceShard
 from lrurec_dist.data.splits import Part, Split
+from lrurec_dist.data.windows import chain_windows, cut_windows, slide_windows
 from lrurec_dist.errors import DataQualityError
 
 BATCHES_SORTED = 256  # full-length batches whose windows are sorted by length together, under a token budget
@@ -30,9 +33,10 @@ class DataOrder:
     `seed` shuffles; `shards_mixed` sequence shards are shuffled together and held in memory;
     `global_batch_size` windows of at most `max_length` interactions make one batch of all ranks;
     `first_item_is_target`: a window's first item is predicted too, from padding. `windows`: `paper`
-    as `cut_windows`, `sliding` as `slide_windows` with `stride`. `tokens` above 0 replaces the fixed
-    number of windows: windows of similar length, as many as fit windows x longest <= tokens.
-    `split` says what trains.
+    as `cut_windows`, `sliding` as `slide_windows` with `stride`, `carried` as `chain_windows` in
+    `global_batch_size` lanes, each of which goes through one user after the other. `tokens` above 0
+    replaces the fixed number of windows: windows of similar length, as many as fit windows x longest
+    <= tokens. `split` says what trains.
     """
 
     seed: int
@@ -40,7 +44,7 @@ class DataOrder:
     global_batch_size: int
     max_length: int
     first_item_is_target: bool
-    windows: Literal["paper", "sliding"] = "paper"
+    windows: Literal["paper", "sliding", "carried"] = "paper"
     stride: int = 0
     tokens: int = 0
     split: Split = field(default_factory=Split)
@@ -54,7 +58,9 @@ class TrainingBatch:
     window of the slice; `targets[b, t]` is the item after `item_ids[b, t]`, or `PAD_ID` where
     nothing is predicted: a row's targets are a suffix, and before them may lie items that are
     input alone. `num_targets` counts the targets of the *global* batch. `epoch`, shard
-    `group` and `batch` within them are the batch's address.
+    `group` and `batch` within them are the batch's address. With `carried` windows row b is that of
+    a lane, the same in all batches, `goes_on` (batch,) bool says whether it continues the lane's
+    row of the batch before, and a lane that has run out has a row of padding; else it is None.
     """
 
     item_ids: np.ndarray
@@ -63,6 +69,7 @@ class TrainingBatch:
     epoch: int
     group: int
     batch: int
+    goes_on: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -82,35 +89,6 @@ class EvaluationBatch:
     users: np.ndarray
 
 
-def cut_windows(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training windows as the paper cuts them: (sequence, begin, end) with targets begin..end-1.
-
-    A sequence shorter than 2 * max_length gives one window, its last max_length interactions. A
-    longer one is cut from its end in steps of max_length; what is left at its start, fewer than
-    max_length interactions, is no target (`untrained_targets` counts it).
-    """
-    cuts = np.where(lengths < 2 * max_length, np.minimum(lengths, 1), lengths // max_length)
-    sequence = np.repeat(np.arange(len(lengths)), cuts)
-    nth_from_end = np.arange(len(sequence)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    end = lengths[sequence] - nth_from_end * max_length
-    return sequence, np.maximum(end - max_length, 0), end
-
-
-def slide_windows(lengths: np.ndarray, max_length: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Overlapping windows that leave no target out: (sequence, end, targets), targets end-targets..end-1.
-
-    Windows end at a sequence's end and every `stride` before it, and each predicts its last
-    `stride` positions from a full window of max_length; the earliest, that has no more than
-    max_length before its end, predicts all it has. So every interaction is a target exactly once,
-    and all but the earliest max_length of a sequence are predicted from at least max_length - stride.
-    """
-    cuts = np.where(lengths <= max_length, np.minimum(lengths, 1), 1 - (max_length - lengths) // stride)
-    sequence = np.repeat(np.arange(len(lengths)), cuts)
-    nth_from_end = np.arange(len(sequence)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    end = lengths[sequence] - nth_from_end * stride
-    return sequence, end, np.where(end <= max_length, end, stride)
-
-
 class Windows(NamedTuple):
     """Training windows that have a target, each array (windows,), places within the training part of a sequence.
 
@@ -127,8 +105,12 @@ class Windows(NamedTuple):
 
 def training_windows(lengths: np.ndarray, order: DataOrder) -> Windows:
     """The windows of training parts of the given lengths."""
+    skipped = 0 if order.first_item_is_target else 1  # the first interaction is input alone
+    if order.windows == "carried":
+        sequence, begin, end = chain_windows(np.maximum(lengths - skipped, 0), order.max_length)
+        first_input = np.maximum(begin + skipped - 1, 0)
+        return Windows(sequence, first_input, end + skipped, end - begin, end - begin)
     if order.windows == "sliding":
-        skipped = 0 if order.first_item_is_target else 1  # the first interaction is input alone
         sequence, end, num_targets = slide_windows(np.maximum(lengths - skipped, 0), order.max_length, order.stride)
         positions = np.minimum(end, order.max_length)
         end = end + skipped
@@ -171,19 +153,27 @@ class TrainingWindows:
         windows = training_windows(np.concatenate([order.split.bounds(shard).train_end for shard in shards]), order)
         self._first_input = offsets[windows.sequence] + windows.first_input
         self._end = offsets[windows.sequence] + windows.end
+        self._carried = order.windows == "carried"
+        self._begins_user = windows.first_input == 0
         self.positions = windows.positions
         self.num_targets = windows.num_targets
+        self.sizes = _sizes(windows, order)
 
     def __len__(self) -> int:
         return len(self._end)
 
+    def goes_on(self, windows: np.ndarray) -> np.ndarray | None:
+        """(len(windows),) bool: there is a window, and it is not its user's first; None where no state is carried."""
+        return (windows != NO_WINDOW) & ~self._begins_user[windows] if self._carried else None
+
     def collate(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(item_ids, targets) of the given windows, each (len(windows), longest) int64."""
-        length = int(self.positions[windows].max(initial=1))
+        """(item_ids, targets) of the given windows, each (len(windows), longest) int64; `NO_WINDOW` gives padding."""
+        exists = windows != NO_WINDOW
+        length = int(self.positions[windows[exists]].max(initial=1))
         end = self._end[windows, None]
         target_at = end - np.arange(length, 0, -1)  # place of each position's target; its input is the one before
-        is_target = target_at >= end - self.num_targets[windows, None]
-        is_input = target_at > self._first_input[windows, None]
+        is_target = exists[:, None] & (target_at >= end - self.num_targets[windows, None])
+        is_input = exists[:, None] & (target_at > self._first_input[windows, None])
         return (
             np.where(is_input, self._items[target_at - 1], PAD_ID),
             np.where(is_target, self._items[target_at], PAD_ID),
@@ -208,50 +198,85 @@ def read_for_training(dataset: SequenceDataset, name: str, order: DataOrder) -> 
     return dataset.read_shard(name, timestamps=order.split.needs_timestamps)
 
 
-def window_positions(shard: SequenceShard, order: DataOrder) -> np.ndarray:
-    """Positions of each training window of a shard, in a type as small as they allow: what `plan_batches` asks for."""
-    positions = training_windows(order.split.bounds(shard).train_end, order).positions
-    return positions.astype(np.min_scalar_type(order.max_length))
+def plan_sizes(shard: SequenceShard, order: DataOrder) -> np.ndarray:
+    """What `plan_batches` asks for of a shard's windows, in a type as small as the values allow."""
+    sizes = _sizes(training_windows(order.split.bounds(shard).train_end, order), order)
+    return sizes.astype(np.min_scalar_type(int(sizes.max(initial=0))))
 
 
-def plan_batches(positions: np.ndarray, order: DataOrder, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+def _sizes(windows: Windows, order: DataOrder) -> np.ndarray:
+    if order.windows == "carried":
+        return np.unique(windows.sequence, return_counts=True)[1]
+    return windows.positions
+
+
+class BatchPlan(NamedTuple):
+    """Which windows make which global batch.
+
+    Batch b holds windows[bounds[b, 0]:bounds[b, 1]]; in their `lanes`, of which there are
+    `num_lanes`, where a state is carried.
+    """
+
+    windows: np.ndarray
+    bounds: np.ndarray
+    lanes: np.ndarray | None = None
+    num_lanes: int = 0
+
+    def members(self, batch: int) -> np.ndarray:
+        """(rows,) window of each row of a global batch; `NO_WINDOW` in a lane that has run out."""
+        part = slice(*self.bounds[batch])
+        if self.lanes is None:
+            return self.windows[part]
+        rows = np.full(self.num_lanes, NO_WINDOW)
+        rows[self.lanes[part]] = self.windows[part]
+        return rows
+
+
+def plan_batches(sizes: np.ndarray, order: DataOrder, epoch: int, group: int) -> BatchPlan:
     """How the windows of a group become global batches; a function of its arguments.
 
     Args:
-        positions: (windows,) of each window of the group.
+        sizes: positions of each window of the group, (windows,); of `carried` windows, how many
+            each user has, (users,), all above 0.
         order: how many windows, or with how many positions, make a batch.
         epoch: of which this is
         group: the how-manieth group of shards.
-
-    Returns:
-        (windows,) window numbers and (batches, 2) bounds: batch b holds windows[bounds[b, 0]:bounds[b, 1]].
 
     Under a token budget, windows are shuffled, sorted by length within large chunks, cut from the
     longest down, and the batches shuffled: windows of one length meet others every epoch, and a
     chunk's last batch may be short.
     """
     draw = np.random.default_rng([order.seed, epoch, group])
-    windows = draw.permutation(len(positions))
+    if order.windows == "carried":
+        return BatchPlan(*fill_lanes(sizes, order.global_batch_size, draw), order.global_batch_size)
+    windows = draw.permutation(len(sizes))
     if order.tokens == 0:
         begins = np.arange(0, len(windows), order.global_batch_size)
-        return windows, np.stack([begins, np.minimum(begins + order.global_batch_size, len(windows))], axis=1)
+        return BatchPlan(windows, np.stack([begins, np.minimum(begins + order.global_batch_size, len(windows))], axis=1))
     chunk = BATCHES_SORTED * order.tokens // order.max_length
-    windows = windows[np.lexsort((-positions[windows].astype(np.int64), np.arange(len(windows)) // chunk))]
+    windows = windows[np.lexsort((-sizes[windows].astype(np.int64), np.arange(len(windows)) // chunk))]
     bounds = []
     begin = 0
     while begin < len(windows):
         end_of_chunk = min((begin // chunk + 1) * chunk, len(windows))
-        end = min(begin + max(1, order.tokens // int(positions[windows[begin]])), end_of_chunk)
+        end = min(begin + max(1, order.tokens // int(sizes[windows[begin]])), end_of_chunk)
         bounds.append((begin, end))
         begin = end
-    return windows, draw.permutation(np.array(bounds, dtype=np.int64).reshape(-1, 2))
+    return BatchPlan(windows, draw.permutation(np.array(bounds, dtype=np.int64).reshape(-1, 2)))
 
 
-def count_batches(positions: np.ndarray, order: DataOrder, epoch: int, group: int) -> int:
+def count_batches(sizes: np.ndarray, order: DataOrder, epoch: int, group: int) -> int:
     """How many batches `plan_batches` makes."""
+    if order.windows == "carried":
+        return count_lane_batches(sizes, order.global_batch_size)
     if order.tokens == 0:
-        return -(-len(positions) // order.global_batch_size)
-    return len(plan_batches(positions, order, epoch, group)[1])
+        return -(-len(sizes) // order.global_batch_size)
+    return len(plan_batches(sizes, order, epoch, group).bounds)
+
+
+def rows_of_rank(rows: int, rank: int, world_size: int) -> range:
+    """Which of the rows of a global batch a rank has: its contiguous share."""
+    return range(rows * rank // world_size, rows * (rank + 1) // world_size)
 
 
 def iter_batches(
@@ -269,10 +294,10 @@ def iter_batches(
             if windows is None or names != held:
                 windows = None  # before the next group is read: only one is held
                 windows, held = TrainingWindows([read_for_training(dataset, name, order) for name in names], order), names
-            batches = count_batches(windows.positions, order, at_epoch, group)
+            plan = plan_batches(windows.sizes, order, at_epoch, group)
             begin = max(0, first_batch - batches_before) if at_epoch == epoch else 0
-            yield from cut_batches(windows, range(begin, batches), order, at_epoch, group, rank, world_size)
-            batches_before += batches
+            yield from cut_batches(windows, plan, range(begin, len(plan.bounds)), at_epoch, group, rank, world_size)
+            batches_before += len(plan.bounds)
         require_windows(dataset, batches_before)
 
 
@@ -285,15 +310,15 @@ def require_windows(dataset: SequenceDataset, windows: int) -> None:
 
 
 def cut_batches(
-    windows: TrainingWindows, batches: range, order: DataOrder, epoch: int, group: int, rank: int, world_size: int
+    windows: TrainingWindows, plan: BatchPlan, batches: range, epoch: int, group: int, rank: int, world_size: int
 ) -> Iterator[TrainingBatch]:
     """One rank's slice of the given batches of one group of shards."""
-    shuffled, bounds = plan_batches(windows.positions, order, epoch, group)
     for batch in batches:
-        members = shuffled[slice(*bounds[batch])]
-        low, high = (len(members) * bound // world_size for bound in (rank, rank + 1))
-        item_ids, targets = windows.collate(members[low:high])
-        yield TrainingBatch(item_ids, targets, int(windows.num_targets[members].sum()), epoch, group, batch)
+        members = plan.members(batch)
+        mine = rows_of_rank(len(members), rank, world_size)
+        rows = members[mine.start : mine.stop]
+        num_targets = int(windows.num_targets[members[members != NO_WINDOW]].sum())
+        yield TrainingBatch(*windows.collate(rows), num_targets, epoch, group, batch, windows.goes_on(rows))
 
 
 def iter_evaluation_batches(

@@ -13,6 +13,7 @@ import ray
 import ray.data
 
 from lrurec_dist.data.batches import (
+    BatchPlan,
     DataOrder,
     TrainingBatch,
     TrainingWindows,
@@ -20,9 +21,10 @@ from lrurec_dist.data.batches import (
     count_windows,
     cut_batches,
     group_shards,
+    plan_batches,
+    plan_sizes,
     read_for_training,
     require_windows,
-    window_positions,
 )
 from lrurec_dist.data.passes import RayPasses
 from lrurec_dist.data.sequences import LengthHistogram, SequenceDataset
@@ -82,14 +84,12 @@ class _Executor:
 def _batch_counter(dataset: SequenceDataset, order: DataOrder) -> BatchCounter:
     """What says how many batches there are. Shards are read for it, by tasks, only where their lengths do not tell."""
     names = dataset.shard_names
-    if order.tokens or order.split.needs_timestamps:
-        read = functools.partial(_read_positions, url=dataset.url, identity=dataset.identity, order=order)
+    if order.tokens or order.split.needs_timestamps or order.windows == "carried":
+        read = functools.partial(_read_sizes, url=dataset.url, identity=dataset.identity, order=order)
         of_each = RayPasses().each(read, [(name,) for name in names], num_cpus=FEED_CPUS)
-        positions = dict(zip(names, of_each, strict=True))
-        require_windows(dataset, sum(map(len, positions.values())))
-        return lambda members, epoch, group: count_batches(
-            np.concatenate([positions[name] for name in members]), order, epoch, group
-        )
+        sizes = dict(zip(names, of_each, strict=True))
+        require_windows(dataset, sum(map(len, sizes.values())))
+        return lambda members, epoch, group: count_batches(np.concatenate([sizes[name] for name in members]), order, epoch, group)
     windows = {
         name: count_windows(LengthHistogram.of(order.split.bounds_of_lengths(lengths).train_end, users), order)
         for name, (lengths, users) in dataset.lengths.items()
@@ -129,6 +129,7 @@ def _make_batches(addresses: pa.Table, url: str, identity: str, order: DataOrder
         epoch, group = address["epoch"], address["group"]
         names = group_shards(_cached_dataset(url, identity).shard_names, order, epoch)[group]
         windows = _cached_windows(url, identity, tuple(names), order)
+        plan = _cached_plan(url, identity, tuple(names), order, epoch, group)
         rows += [
             {
                 "item_ids": batch.item_ids.astype(np.int32).ravel(),
@@ -138,8 +139,9 @@ def _make_batches(addresses: pa.Table, url: str, identity: str, order: DataOrder
                 "epoch": batch.epoch,
                 "group": batch.group,
                 "batch": batch.batch,
+                "goes_on": batch.goes_on,
             }
-            for batch in cut_batches(windows, range(address["begin"], address["end"]), order, epoch, group, rank, world_size)
+            for batch in cut_batches(windows, plan, range(address["begin"], address["end"]), epoch, group, rank, world_size)
         ]
     return pa.Table.from_pylist(rows, schema=_ROW)
 
@@ -153,13 +155,14 @@ _ROW = pa.schema(
         ("epoch", pa.int64()),
         ("group", pa.int64()),
         ("batch", pa.int64()),
+        ("goes_on", pa.large_list(pa.bool_())),
     ]
 )
 
 
-def _read_positions(name: str, url: str, identity: str, order: DataOrder) -> np.ndarray:
+def _read_sizes(name: str, url: str, identity: str, order: DataOrder) -> np.ndarray:
     """The body of a counting task."""
-    return window_positions(read_for_training(_cached_dataset(url, identity), name, order), order)
+    return plan_sizes(read_for_training(_cached_dataset(url, identity), name, order), order)
 
 
 @functools.lru_cache(maxsize=1)
@@ -178,11 +181,17 @@ def _cached_windows(url: str, identity: str, names: tuple[str, ...], order: Data
     return TrainingWindows([read_for_training(dataset, name, order) for name in names], order)
 
 
+@functools.lru_cache(maxsize=1)
+def _cached_plan(url: str, identity: str, names: tuple[str, ...], order: DataOrder, epoch: int, group: int) -> BatchPlan:
+    """The plan of that group's batches, likewise."""
+    return plan_batches(_cached_windows(url, identity, names, order).sizes, order, epoch, group)
+
+
 def _to_batch(row: pa.Table) -> TrainingBatch:
     length = row["length"][0].as_py()
     item_ids, targets = (
         row[name].combine_chunks().flatten().to_numpy().reshape(-1, length).astype(np.int64) for name in ("item_ids", "targets")
     )
-    return TrainingBatch(
-        item_ids, targets, row["num_targets"][0].as_py(), *(row[name][0].as_py() for name in ("epoch", "group", "batch"))
-    )
+    address = {name: row[name][0].as_py() for name in ("num_targets", "epoch", "group", "batch")}
+    goes_on = row["goes_on"][0].as_py()
+    return TrainingBatch(item_ids, targets, **address, goes_on=None if goes_on is None else np.array(goes_on, dtype=bool))

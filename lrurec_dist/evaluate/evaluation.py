@@ -151,7 +151,7 @@ def evaluate_dataset(
     return Evaluation(model, baseline, unseen_targets=unseen, new_users=new_users, without_history=without_history)
 
 
-def _rows(shards: ray.data.Dataset, what: str, total: int, progress: Progress) -> list[dict[str, Any]]:
+def _rows(shards: "ray.data.Dataset", what: str, total: int, progress: Progress) -> list[dict[str, Any]]:
     """What was computed of each shard, one row a shard."""
     rows = []
     progress(what, 0, total, "shards")

@@ -28,6 +28,14 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Ten
     return nn.functional.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
+def _last_states(states: Tensor, spans: Tensor, before: Tensor) -> Tensor:
+    """(batch, 2, hidden): the last of each span's rows of `states` (rows, 2, hidden), or `before` where it has none."""
+    if not len(states):
+        return before
+    begin, end = spans.unbind(1)
+    return torch.where((begin < end)[:, None, None], states[(end - 1).clamp(min=0)], before)
+
+
 class RecurrentLayer(nn.Module):
     """out = LayerNorm(dropout(Re(C h)) + x) with h[t] = decay * h[t-1] + gamma * (B x[t] + b)."""
 
@@ -43,9 +51,9 @@ class RecurrentLayer(nn.Module):
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, spans: Tensor, dtype: torch.dtype) -> Tensor:
-        states = parallel_scan(self.decay(), self.drive(x, dtype), spans)
-        return self.read(states, x, dtype)
+    def forward(self, x: Tensor, spans: Tensor, dtype: torch.dtype, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        states = parallel_scan(self.decay(), self.drive(x, dtype), spans, before)
+        return self.read(states, x, dtype), None if before is None else _last_states(states, spans, before)
 
     def decay(self) -> Tensor:
         """(2, hidden) real and imaginary part, modulus below 1 by construction."""
@@ -137,8 +145,10 @@ class LRURec(nn.Module):
             if not given and "norm." not in name and not name.endswith(RECURRENCE):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
 
-    def forward(self, item_ids: Tensor, keep: Tensor, kept: Tensor | None = None) -> Tensor:
-        """User vectors at the kept positions.
+    def forward(
+        self, item_ids: Tensor, keep: Tensor, kept: Tensor | None = None, state: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """User vectors at the kept positions, and where a state is given the one that it becomes.
 
         Args:
             item_ids: (batch, length) int64, `PAD_ID` only on a left prefix.
@@ -146,13 +156,17 @@ class LRURec(nn.Module):
                 `PAD_ID`. A kept padding position gives the vector of a user without history.
             kept: (keep.sum(),) int64, the places of keep in row-major order, from whom knows them;
                 when None they are looked up, for which the host waits for a GPU.
+            state: (blocks, batch, 2, hidden) as of `init_state`, that before each row's first item,
+                however much padding stands on its left; zero when None.
 
         Returns:
             (keep.sum(), dim): vectors in row-major order of the kept positions, always float32 or
-            the parameters' own type.
+            the parameters' own type. With `state` also the new state, of its shape: that at each
+            row's last item, or the given one where a row has none.
 
         Only kept positions enter projections, recurrence and feed-forward, so padding costs and
-        changes nothing.
+        changes nothing. A history in pieces, each from the state that the one before left, gives
+        the vectors of the whole history within float32 rounding.
 
         Raises:
             LrurecError: an id outside the catalogue, or padding that is not a left prefix.
@@ -166,21 +180,28 @@ class LRURec(nn.Module):
         require(keep[:, :-1] <= keep[:, 1:], "keep: a dropped position stands after a kept one; rows keep a suffix")
         require(is_item <= keep, "keep: an item is dropped; every item drives the recurrence")
         kept_ids = item_ids.flatten()[keep.flatten().nonzero().squeeze(1) if kept is None else kept]
-        end = keep.sum(1).cumsum(0)
-        spans = torch.stack([end - is_item.sum(1), end], dim=1)  # kept padding stays outside, in the state zero
+        end, items = keep.sum(1).cumsum(0), is_item.sum(1)
+        spans = torch.stack([end - items, end], dim=1)  # kept padding stays outside, in the state zero
 
         dtype = self.compute_dtype or self.table.weight.dtype
         x = self.norm(self.dropout(self.table(kept_ids)))
-        for block in self.layers():
+        new_state = []
+        for layer, block in enumerate(self.layers()):
+            before = None if state is None else state[layer]
             if self.checkpointed and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(self._block, *block, x, spans, dtype, use_reentrant=False)
+                x, after = torch.utils.checkpoint.checkpoint(self._block, *block, x, spans, before, dtype, use_reentrant=False)
             else:
-                x = self._block(*block, x, spans, dtype)
-        return self._user_vectors(x)
+                x, after = self._block(*block, x, spans, before, dtype)
+            new_state.append(after)
+        vectors = self._user_vectors(x)
+        return vectors if state is None else (vectors, torch.stack(new_state))
 
     @staticmethod
-    def _block(recurrent: RecurrentLayer, feed_forward: FeedForward, x: Tensor, spans: Tensor, dtype: torch.dtype) -> Tensor:
-        return feed_forward(recurrent(x, spans, dtype), dtype)
+    def _block(
+        recurrent: RecurrentLayer, feed_forward: FeedForward, x: Tensor, spans: Tensor, before: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        x, after = recurrent(x, spans, dtype, before)
+        return feed_forward(x, dtype), after
 
     def _user_vectors(self, x: Tensor) -> Tensor:
         return nn.functional.normalize(x, dim=1) / self.temperature if self.temperature else x
@@ -218,11 +239,6 @@ class LRURec(nn.Module):
             User vectors (batch, dim) and the new state. Equals `encode` of the whole history
             within float32 rounding.
         """
-        dtype = self.compute_dtype or self.table.weight.dtype
-        spans = torch.arange(len(item_ids), device=item_ids.device)[:, None] + torch.arange(2, device=item_ids.device)
-        x = self.norm(self.dropout(self.table(item_ids)))
-        new_state = []
-        for layer, (recurrent, feed_forward) in enumerate(self.layers()):
-            new_state.append(parallel_scan(recurrent.decay(), recurrent.drive(x, dtype), spans, state[layer]))
-            x = feed_forward(recurrent.read(new_state[-1], x, dtype), dtype)
-        return self._user_vectors(x), torch.stack(new_state)
+        one = item_ids[:, None]
+        stepped: tuple[Tensor, Tensor] = self(one, torch.ones_like(one, dtype=torch.bool), state=state)
+        return stepped

@@ -130,7 +130,7 @@ class _Scan(torch.autograd.Function):
             adjoint = _portable(_conjugate(decay), grad_states, spans, None, reverse=True)
             grad_decay = _grad_decay(adjoint, states, spans, initial)
         grad_initial = None
-        if initial is not None:
+        if initial is not None and ctx.needs_input_grad[3]:
             # an empty sequence passes nothing on; its first row belongs to another one, or to none
             nonempty = (spans[:, 1] > spans[:, 0])[:, None, None]
             first = adjoint[spans[:, 0].clamp(max=max(0, len(adjoint) - 1))] if len(adjoint) else torch.zeros_like(initial)

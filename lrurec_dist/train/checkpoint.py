@@ -109,8 +109,13 @@ def read_checkpoint_manifest(url: str, *, verify: bool = True) -> dict[str, Any]
 
 
 def parameter_names(manifest: dict[str, Any]) -> list[str]:
-    """The tensors that are parameters; the others are moments, named `<moment>/<parameter>`."""
+    """The tensors that are parameters."""
     return [name for name in manifest["tensors"] if "/" not in name]
+
+
+def moment_names(manifest: dict[str, Any]) -> list[str]:
+    """The tensors that are moments of the optimizer, named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`."""
+    return [name for name in manifest["tensors"] if name.startswith("exp_avg")]
 
 
 def load_model(url: str, device: str = "cpu") -> LRURec:

@@ -3,6 +3,7 @@
 Free of Ray but for the feed: the process group exists, and `report` is whatever the launcher gives.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
 from lrurec_dist.reporting import METRICS, MetricsFile
+from lrurec_dist.train.carried import CarriedState
 from lrurec_dist.train.checkpoint_writer import CheckpointWriter
 from lrurec_dist.train.deepspeed_config import derive
 from lrurec_dist.train.engine import Engine
@@ -102,8 +104,10 @@ class _Worker:
         )
         self.metrics_file = MetricsFile(storage.join(config.run_dir, METRICS))
         self.trackers = Trackers(config.run_dir, options.track if self.rank == 0 else [], to_dict(config))
+        lanes = {"num_lanes": self.order.global_batch_size, "rank": self.rank, "world_size": self.world_size}
+        self.carried = CarriedState(self.engine.model, **lanes) if self.order.windows == "carried" else None
         group, subject = collectives.new_group(), describe_subject(config, self.dataset, self.shape)
-        self.progress, damaged = begin(config, self.dataset, self.engine, subject, group, self._note)
+        self.progress, damaged = begin(config, self.dataset, self.engine, self.carried, subject, group, self._note)
         self.checkpoints = CheckpointWriter(
             config.run_dir, subject=subject, keep=options.keep_checkpoints, damaged=damaged, group=group, record=self._write
         )
@@ -201,10 +205,19 @@ class _Worker:
             ) from error
         return loss
 
+    def _vectors(self, micro: MicroBatch) -> torch.Tensor:
+        model = self.engine.model
+        if self.carried is None or micro.goes_on is None:
+            return model(micro.item_ids, micro.keep, micro.kept)
+        state = self.carried.before(micro.goes_on, micro.first_row)
+        vectors, state = model(micro.item_ids, micro.keep, micro.kept, state)
+        self.carried.after(state, micro.first_row)
+        return vectors
+
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         """Sum over the targets of a micro-batch; runs inside the engine's forward."""
         model, options = self.engine.model, self.config.loss
-        vectors = model(micro.item_ids, micro.keep, micro.kept)
+        vectors = self._vectors(micro)
         if micro.predicted is not None:
             vectors = vectors[micro.predicted]
         if self.sampler is None:
@@ -328,4 +341,5 @@ class _Worker:
 
     def _save(self, validation: dict[str, float] | None) -> None:
         pieces = pieces_of_rank(self.engine.tensors(), self.rank, self.world_size)
-        self.checkpoints.save(pieces, self.progress, validation)
+        carried = self.carried.pieces() if self.carried else ()
+        self.checkpoints.save(itertools.chain(pieces, carried), self.progress, validation)

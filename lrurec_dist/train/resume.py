@@ -8,7 +8,9 @@ from lrurec_dist.config import Config
 from lrurec_dist.config_file import differences, shaping_settings
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import CatalogueError, CheckpointError
-from lrurec_dist.train.checkpoint import Progress, Subject, parameter_names
+from lrurec_dist.train.carried import NAME as CARRIED
+from lrurec_dist.train.carried import CarriedState
+from lrurec_dist.train.checkpoint import Progress, Subject, moment_names, parameter_names
 from lrurec_dist.train.checkpoint_index import Choice, choose_checkpoint
 from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.pieces import PieceReader
@@ -27,9 +29,15 @@ def describe_subject(config: Config, dataset: SequenceDataset, model: dict[str, 
 
 
 def begin(
-    config: Config, dataset: SequenceDataset, engine: Engine, subject: Subject, group: Any, note: Callable[[str], None]
+    config: Config,
+    dataset: SequenceDataset,
+    engine: Engine,
+    carried: CarriedState | None,
+    subject: Subject,
+    group: Any,
+    note: Callable[[str], None],
 ) -> tuple[Progress, frozenset[int]]:
-    """Bring the engine to where training begins; all ranks call.
+    """Bring the engine, and the state that is carried if one is, to where training begins; all ranks call.
 
     Args:
         subject: of this run; a checkpoint of another is refused.
@@ -54,7 +62,10 @@ def begin(
     names = parameter_names(choice.manifest)
     with PieceReader(choice.url, choice.manifest["tensors"]) as reader:
         parameters = {name: reader.read(name) for name in names}
-        moments = {name: reader.read(name) for name in choice.manifest["tensors"] if name not in parameters}
+        moments = {name: reader.read(name) for name in moment_names(choice.manifest)}
+        if carried is not None:
+            mine = slice(carried.lanes.start, carried.lanes.stop)
+            carried.load({CARRIED: reader.read(CARRIED, mine)})
     engine.load(parameters, moments, progress.step + progress.warm_steps)
     for line in choice.notes:
         note(line)

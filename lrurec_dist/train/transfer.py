@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ class MicroBatch:
 
     `item_ids` (rows, length) int64 and `keep` (rows, length) bool are as `LRURec.forward` takes
     them, `kept` are the places of keep in row-major order. `targets` (targets,) int64 are those of
-    the kept positions `predicted`; None: of all of them.
+    the kept positions `predicted`; None: of all of them. Where a state is carried, `goes_on` (rows,)
+    bool says which rows continue the same row of the batch before; `first_row` is the number of the
+    first one among the rank's rows.
     """
 
     item_ids: Tensor
@@ -25,11 +28,17 @@ class MicroBatch:
     kept: Tensor
     predicted: Tensor | None
     targets: Tensor
+    goes_on: Tensor | None
+    first_row: int
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a GPU, by copies from pinned memory that the host does not wait for."""
-        moved = (None if x is None else x.pin_memory().to(device, non_blocking=True) for x in vars(self).values())
-        return MicroBatch(*moved)  # type: ignore[arg-type]
+        moved: dict[str, Any] = {name: x.pin_memory().to(device, non_blocking=True) for name, x in self.tensors()}
+        return replace(self, **moved)
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Its tensors by name."""
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,11 @@ def iter_step_batches(batches: Iterator[TrainingBatch], *, accumulation: int, de
 def _split(batch: TrainingBatch, accumulation: int) -> StepBatch:
     bounds = [len(batch.item_ids) * part // accumulation for part in range(accumulation + 1)]
     rows = itertools.pairwise(bounds)
-    return StepBatch([_micro_batch(batch.item_ids[a:b], batch.targets[a:b]) for a, b in rows], batch.num_targets, batch.epoch)
+    return StepBatch([_micro_batch(batch, slice(begin, end)) for begin, end in rows], batch.num_targets, batch.epoch)
 
 
-def _micro_batch(item_ids: np.ndarray, targets: np.ndarray) -> MicroBatch:
+def _micro_batch(batch: TrainingBatch, rows: slice) -> MicroBatch:
+    item_ids, targets = batch.item_ids[rows], batch.targets[rows]
     keep = (targets > 0) | (item_ids > 0)  # what is input alone drives the recurrence
     kept = np.flatnonzero(keep)
     kept_targets = targets.ravel()[kept]
@@ -68,6 +78,8 @@ def _micro_batch(item_ids: np.ndarray, targets: np.ndarray) -> MicroBatch:
         torch.from_numpy(kept),
         None if everywhere else torch.from_numpy(predicted),
         torch.from_numpy(kept_targets if everywhere else kept_targets[predicted]),
+        None if batch.goes_on is None else torch.from_numpy(batch.goes_on[rows]),
+        rows.start,
     )
 
 
@@ -90,7 +102,6 @@ def _arrived(batch: StepBatch, arrived: torch.cuda.Event) -> StepBatch:
     stream = torch.cuda.current_stream()
     stream.wait_event(arrived)
     for micro in batch.micro_batches:
-        for tensor in vars(micro).values():
-            if tensor is not None:
-                tensor.record_stream(stream)
+        for _, tensor in micro.tensors():
+            tensor.record_stream(stream)
     return batch

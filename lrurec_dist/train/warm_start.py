@@ -10,7 +10,7 @@ from lrurec_dist import collectives, storage
 from lrurec_dist.config import Config
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import CatalogueError, CheckpointError, DataNotReadyError
-from lrurec_dist.train.checkpoint import Progress, Subject, parameter_names, read_checkpoint_manifest
+from lrurec_dist.train.checkpoint import Progress, Subject, moment_names, parameter_names, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import fault_of, find_checkpoint
 from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.pieces import PieceReader
@@ -48,7 +48,7 @@ def warm_start(
     draw = torch.Generator().manual_seed(config.seed)
     with PieceReader(url, manifest["tensors"]) as reader:
         parameters = {name: reader.read(name) for name in sorted(names)}
-        moments = {name: reader.read(name) for name in manifest["tensors"] if name not in parameters}
+        moments = {name: reader.read(name) for name in moment_names(manifest)}
     for name, value in moments.items():
         if not config.train.warm_start_moments:
             value.zero_()
