@@ -40,14 +40,14 @@ def go_on(run: str, url: str, zero_stage: int, last: int) -> tuple[list[float], 
     return losses, notes
 
 
-def uninterrupted(url: str) -> tuple[list[float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+def uninterrupted() -> tuple[list[float], dict[str, np.ndarray], dict[str, np.ndarray]]:
     engine = build_engine(0)
     losses, _ = train_steps(engine, 0, STEPS)
     return losses, as_arrays(engine.parameters()), as_arrays(engine.optimizer_state())
 
 
 def alone(run: str, url: str, zero_stage: int, last: int) -> Any:
-    return go_on(run, url, zero_stage, last), uninterrupted(url)
+    return go_on(run, url, zero_stage, last), uninterrupted()
 
 
 def test_a_run_goes_on_at_any_world_size_and_zero_stage_as_if_it_had_not_stopped(tmp_path: Path) -> None:
