@@ -98,7 +98,7 @@ def test_losses_with_every_option_of_the_data_order_are_independent_of_the_numbe
 def probabilities_of(config: Config) -> list[float]:
     from lrurec_dist.train.loop import _Worker  # DeepSpeed only where a rank runs
 
-    sampler = _Worker(config, torch.device("cpu")).sampler
+    sampler = _Worker(config, torch.device("cpu")).objective.sampler
     assert sampler is not None
     return sampler.log_probability[1:].exp().tolist()
 

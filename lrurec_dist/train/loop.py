@@ -21,14 +21,13 @@ from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DivergenceError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard, training_counts
 from lrurec_dist.evaluate.metrics import RankCounts
-from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
-from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.carried import CarriedState
 from lrurec_dist.train.checkpoint_writer import CheckpointWriter
 from lrurec_dist.train.deepspeed_config import derive
 from lrurec_dist.train.engine import Engine
+from lrurec_dist.train.objective import Objective
 from lrurec_dist.train.order import data_order
 from lrurec_dist.train.pieces import pieces_of_rank
 from lrurec_dist.train.resume import begin, describe_subject
@@ -77,7 +76,6 @@ class _Worker:
         options = config.train
         # None: products in the parameters' own type
         self.product_dtype = None if options.precision == "float32" else torch.bfloat16
-        self.sampler = self._sampler() if config.loss.negatives else None
         self.engine = Engine(
             self._new_model(checkpointed=options.activation_checkpointing),
             device=device,
@@ -106,6 +104,14 @@ class _Worker:
         self.trackers = Trackers(config.run_dir, options.track if self.rank == 0 else [], to_dict(config))
         lanes = {"num_lanes": self.order.global_batch_size, "rank": self.rank, "world_size": self.world_size}
         self.carried = CarriedState(self.engine.model, **lanes) if self.order.windows == "carried" else None
+        self.objective = Objective(
+            self.engine.model,
+            config.loss,
+            seed=config.seed,
+            product_dtype=self.product_dtype,
+            carried=self.carried,
+            counts=self._training_counts() if config.loss.negatives else None,
+        )
         group, subject = collectives.new_group(), describe_subject(config, self.dataset, self.shape)
         self.progress, damaged = begin(config, self.dataset, self.engine, self.carried, subject, group, self._note)
         self.checkpoints = CheckpointWriter(
@@ -197,7 +203,7 @@ class _Worker:
 
     def _forward(self, micro: MicroBatch) -> torch.Tensor:
         try:
-            loss: torch.Tensor = self.engine(self._loss, micro)
+            loss: torch.Tensor = self.engine(self.objective.loss, micro, self.progress.step)
         except LrurecError as error:  # a batch of ours is sound, so it is the parameters that ran away
             raise DivergenceError(
                 f"loss is nan before step {self.progress.step + 1}, train.learning_rate={self.config.train.learning_rate:g}: {error}; "
@@ -205,44 +211,10 @@ class _Worker:
             ) from error
         return loss
 
-    def _vectors(self, micro: MicroBatch) -> torch.Tensor:
-        model = self.engine.model
-        if self.carried is None or micro.goes_on is None:
-            return model(micro.item_ids, micro.keep, micro.kept)
-        state = self.carried.before(micro.goes_on, micro.first_row)
-        vectors, state = model(micro.item_ids, micro.keep, micro.kept, state)
-        self.carried.after(state, micro.first_row)
-        return vectors
-
-    def _loss(self, micro: MicroBatch) -> torch.Tensor:
-        """Sum over the targets of a micro-batch; runs inside the engine's forward."""
-        model, options = self.engine.model, self.config.loss
-        vectors = self._vectors(micro)
-        if micro.predicted is not None:
-            vectors = vectors[micro.predicted]
-        if self.sampler is None:
-            return softmax_loss(
-                vectors,
-                model.table.weight,
-                model.table.bias,
-                micro.targets,
-                include_padding_class=options.include_padding_class,
-                unit_rows=bool(model.temperature),
-                product_dtype=self.product_dtype,
-            )[0]
-        # one sample for all ranks and micro-batches, so that the loss does not depend on how many there are
-        negatives = self.sampler.draw(options.negatives, hash((self.config.seed, self.progress.step)) % 2**63)
-        log_probability = self.sampler.log_probability
-        rows, bias = model.item_rows(), model.table.bias
-        return sampled_softmax_loss(
-            vectors, rows, bias, micro.targets, negatives, log_probability, product_dtype=self.product_dtype
-        )[0]
-
-    def _sampler(self) -> NegativeSampler:
-        """Counts what trains, each rank its own shards: the catalogue's counts know the held-out interactions too."""
+    def _training_counts(self) -> torch.Tensor:
+        """Of what trains, each rank its own shards: the catalogue's counts know the held-out interactions too."""
         mine = training_counts(self.validation_shards, self.order.split, self.dataset.num_items)
-        counts = collectives.all_reduce_sum(torch.from_numpy(mine).to(self.device))
-        return NegativeSampler(counts, self.config.loss.sampling)
+        return collectives.all_reduce_sum(torch.from_numpy(mine).to(self.device))
 
     def _report_window(self, window: Window) -> None:
         totals = window.totals()
