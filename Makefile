@@ -12,7 +12,7 @@ export TORCH RAY_USAGE_STATS_ENABLED
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help quickstart test check format clean always
+.PHONY: help quickstart test faults check format clean always
 
 ifeq ($(wildcard cluster/install.sh),)
 $(error this is not the checkout; use make -C <checkout>)
@@ -38,6 +38,9 @@ quickstart: $(ready)base ## log to verified bundle on a synthetic log, into runs
 
 test: $(ready)test ## run the tests
 	@"$(python)" -m pytest
+
+faults: $(ready)test ## run the tests that lose, drain and hang nodes of clusters of their own: many minutes
+	@"$(python)" -m pytest -m faults
 
 check: $(ready)dev ## what a change has to pass besides the tests: format, lint, types
 	@"$(python)" -m ruff format --check .

@@ -84,16 +84,23 @@ class TrainConfig:
     resume: Literal["auto", "never"] = "auto"  # auto: from the newest whole checkpoint of an unfinished run
     warm_start: str = ""  # run directory or checkpoint to take parameters from, whose catalogue the dataset's extends
     warm_start_moments: bool = True  # False: without the optimizer's moments
+    max_failures: int = 3  # losses of workers without a new checkpoint in between that training survives
+    min_workers: int = 0  # go on with so few when the cluster cannot give all; 0: only with all of train.workers
+    wait_for_workers_s: float = 300.0  # how long to wait for all of train.workers, before each attempt
+    collective_timeout_s: float = 600.0  # a rank that others wait for so long, or that is silent so long, is hung
+    max_skipped_steps: int = 0  # updates without a finite gradient that are left out before training stops
     track: list[str] = field(default_factory=list)  # besides metrics.jsonl: tensorboard, mlflow, wandb
 
     def __post_init__(self) -> None:
         counts = ("workers", "accumulation", "max_steps", "report_every", "validate_every", "patience", "keep_checkpoints")
         for name in counts:
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "needs at least 1")
-        for name in ("learning_rate", "epsilon", "clip_norm", "cpus_per_worker"):
+        for name in ("learning_rate", "epsilon", "clip_norm", "cpus_per_worker", "collective_timeout_s"):
             require(0 < getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "has to be positive and finite")
-        for name in ("weight_decay", "max_minutes", "threads_per_worker", "warmup_steps", "checkpoint_every"):
+        limits = ("max_failures", "min_workers", "wait_for_workers_s", "max_skipped_steps")
+        for name in ("weight_decay", "max_minutes", "threads_per_worker", "warmup_steps", "checkpoint_every", *limits):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "cannot be negative")
+        require(self.min_workers <= self.workers, "train.min_workers", self.min_workers, f"exceeds train.workers={self.workers}")
         require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "has to be 0, 1, 2 or 3")
         for name, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
             require(

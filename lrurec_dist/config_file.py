@@ -38,6 +38,11 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.resume",
+    "train.max_failures",
+    "train.min_workers",
+    "train.wait_for_workers_s",
+    "train.collective_timeout_s",
+    "train.max_skipped_steps",
 )
 
 

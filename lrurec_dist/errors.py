@@ -10,7 +10,9 @@
     │   └── BundleError          70
     ├── StorageError             70  a store cannot hold or give what is asked: full disk, file replaced while read
     │   └── TryAgainError        75  a store fails for a reason that passes: network, throttling, server fault
-    └── DivergenceError          70  the loss is no longer finite
+    ├── DivergenceError          70  the loss is no longer finite
+    ├── WorkersError             75  workers or nodes are lost, or not there, for longer than the settings allow
+    └── StoppedError             75  somebody stopped the job; the same command goes on
 
 Messages follow one form: setting=value, the rule it breaks, the numbers, the way out.
 """
@@ -72,3 +74,15 @@ class TryAgainError(StorageError):
 
 class DivergenceError(LrurecError):
     """Training produced a loss that is not finite."""
+
+
+class WorkersError(LrurecError):
+    """The cluster lost training workers too often, or does not have them; the same command goes on later."""
+
+    exit_code = 75
+
+
+class StoppedError(LrurecError):
+    """The job was asked to stop; the same command goes on where it stopped."""
+
+    exit_code = 75

@@ -15,7 +15,7 @@ from lrurec_dist.config_file import shaping_settings, to_dict
 from lrurec_dist.data.batches import pad_left, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.splits import resolve_split
-from lrurec_dist.errors import BundleError, ConfigError, DataNotReadyError, LrurecError
+from lrurec_dist.errors import BundleError, ConfigError, DataNotReadyError, LrurecError, StoppedError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
 from lrurec_dist.evaluate.ranking import top_k
 from lrurec_dist.ray_session import RaySession
@@ -32,6 +32,7 @@ from lrurec_dist.reporting import (
 from lrurec_dist.run_directory import open_run, run_command
 from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
 from lrurec_dist.serve.recommender import Recommender
+from lrurec_dist.signals import interrupt, on_sigterm
 from lrurec_dist.stage_prepare import audit, prepare
 from lrurec_dist.train.checkpoint import load_model, model_loader, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import find_checkpoint
@@ -56,9 +57,14 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
     started = time.perf_counter()
     session = RaySession(config)
     try:
-        for stage in stages:
-            status.running(stage)
-            _STAGES[stage](config, status, session)
+        with on_sigterm(interrupt):
+            for stage in stages:
+                status.running(stage)
+                _STAGES[stage](config, status, session)
+    except KeyboardInterrupt as error:
+        stopped = StoppedError(f"stopped in stage {stage}; the same command goes on from what is committed")
+        status.failed(stopped)
+        raise stopped from error
     except BaseException as error:
         status.failed(error)
         raise

@@ -8,6 +8,7 @@ import ray
 from lrurec_dist.config import Config
 from lrurec_dist.data.ray_feed import configure_ray_data
 from lrurec_dist.errors import ConfigError
+from lrurec_dist.signals import interrupt, on_sigterm
 from lrurec_dist.train.launch import use_cuda
 
 
@@ -36,7 +37,8 @@ class RaySession:
             # Logical CPUs: the workers' own, and two for the data tasks that feed them.
             cpus = train.workers * train.cpus_per_worker + 2
             options["num_cpus"] = max(os.cpu_count() or 1, round(cpus + 0.5))
-        ray.init(**options)
+        with on_sigterm(interrupt):  # Ray puts an answer of its own there, which would be one without a status
+            ray.init(**options)
         self._ours = True
         configure_ray_data()
         if train.device == "cuda" and address == "local" and not use_cuda("auto"):

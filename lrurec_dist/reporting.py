@@ -11,7 +11,7 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 from lrurec_dist import storage
-from lrurec_dist.errors import EXIT_DONE, LrurecError, TryAgainError
+from lrurec_dist.errors import EXIT_DONE, LrurecError, StoppedError, TryAgainError
 
 METRICS = "metrics.jsonl"  # below the run directory
 
@@ -163,8 +163,9 @@ class Status:
         self._write(result="done", stage="done", exit_code=EXIT_DONE, **facts)
 
     def failed(self, error: BaseException) -> None:
-        """Record a failure and the exit code that belongs to it."""
-        self._write(result="failed", exit_code=exit_code_of(error), error=f"{type(error).__name__}: {error}")
+        """Record a failure, or that the job was stopped, and the exit code that belongs to it."""
+        result = "stopped" if isinstance(error, StoppedError) else "failed"
+        self._write(result=result, exit_code=exit_code_of(error), error=f"{type(error).__name__}: {error}")
 
     def _write(self, **facts: Any) -> None:
         self._facts = {

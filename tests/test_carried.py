@@ -20,6 +20,7 @@ from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.carried import NAME, CarriedState
+from lrurec_dist.train.presence import Presence
 from tests.datasets import chain_sequences, write_dataset
 from tests.processes import run_ranks
 
@@ -207,7 +208,7 @@ def train_rank(config: Config, *, forgets: bool = False) -> None:
     """One rank of a run until its budget ends, from the last checkpoint if there is one."""
     from lrurec_dist.train.loop import _Worker  # DeepSpeed only where a rank runs
 
-    worker = _Worker(config, torch.device("cpu"))
+    worker = _Worker(config, torch.device("cpu"), Presence())
     if forgets:
         worker.carried.load({name: torch.zeros_like(rows) for name, rows in worker.carried.tensors().items()})
     worker.run(lambda _: None)

@@ -23,6 +23,7 @@ FOUNDATION = {
     "collectives",
     "reporting",
     "run_directory",
+    "signals",
     "__init__",
 }
 
@@ -41,7 +42,13 @@ MAY_IMPORT = {
 
 # Third-party packages that only these modules (or whole layers) may import.
 ONLY_IN = {
-    "ray": {"data", "train/launch.py", "evaluate/evaluation.py", "ray_session.py", "nightly.py"},
+    "ray": {
+        "data",
+        *(f"train/{name}.py" for name in ("launch", "attempts", "failures", "heartbeats", "placing")),
+        "evaluate/evaluation.py",
+        "ray_session.py",
+        "nightly.py",
+    },
     "deepspeed": {"train/engine.py", "train/deepspeed_config.py"},
     "omegaconf": {"config_file.py"},
     "deltalake": {"data/delta.py"},

@@ -13,6 +13,7 @@ from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.checkpoint import checkpoint_url, rank_file, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import find_checkpoint
 from lrurec_dist.train.launch import launch_training
+from lrurec_dist.train.presence import Presence
 from tests.datasets import chain_sequences, write_dataset
 from tests.processes import run_ranks
 
@@ -98,7 +99,7 @@ def test_losses_with_every_option_of_the_data_order_are_independent_of_the_numbe
 def probabilities_of(config: Config) -> list[float]:
     from lrurec_dist.train.loop import _Worker  # DeepSpeed only where a rank runs
 
-    sampler = _Worker(config, torch.device("cpu")).objective.sampler
+    sampler = _Worker(config, torch.device("cpu"), Presence()).objective.sampler
     assert sampler is not None
     return sampler.log_probability[1:].exp().tolist()
 
@@ -107,7 +108,7 @@ def validate_slowly(config: Config) -> list[dict[str, Any]]:
     from lrurec_dist.train import loop  # DeepSpeed only where a rank runs
 
     loop.RANKING_REPORT_S = 0.0
-    loop._Worker(config, torch.device("cpu"))._validate()
+    loop._Worker(config, torch.device("cpu"), Presence())._validate()
     return records(Path(config.run_dir), "ranking")
 
 

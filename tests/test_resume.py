@@ -36,7 +36,7 @@ def go_on(run: str, url: str, zero_stage: int, last: int) -> tuple[list[float], 
     options = {"subject": subject, "keep": 2, "damaged": damaged, "group": group, "record": lambda *_, **__: None}
     with CheckpointWriter(run, **options) as writer:
         mine = pieces.pieces_of_rank(engine.tensors(), collectives.rank(), collectives.world_size())
-        writer.save(mine, replace(progress, step=last), None)
+        writer.save(mine, replace(progress, step=last, updates=engine.updates), None)
     return losses, notes
 
 

@@ -45,7 +45,7 @@ def yesterday(tmp_path: Path) -> str:
             dataset_identity=dataset.identity,
             settings={},
         )
-        progress = Progress(step=step, epoch=3, warm_steps=50, best_recall=0.3)
+        progress = Progress(step=step, epoch=3, updates=step + 50, best_recall=0.3)
         write_manifest(checkpoint_url(run, step), subject=subject, progress=progress, validation={"recall@10": recall}, **written)
         keep_checkpoints(run, step, recall, latest=2, damaged=frozenset())
     return run
@@ -119,7 +119,7 @@ def test_known_items_score_as_before_to_the_bit_and_new_ones_look_like_them(
             assert warm["tensors"][f"{moment}/{name}"][: KNOWN + 1].min() >= 1
             assert not warm["tensors"][f"{moment}/{name}"][KNOWN + 1 :].any()
     # Adam has to know that its moments are of many updates, not of the first
-    assert (warm["progress"], warm["counts"]) == (Progress(warm_steps=350), {350.0})
+    assert (warm["progress"], warm["counts"]) == (Progress(updates=350), {350.0})
     assert "25 items keep their rows, 400 are new; with moments" in warm["notes"][0]
 
     assert (without["progress"], without["counts"]) == (Progress(), {0.0})

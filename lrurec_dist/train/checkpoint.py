@@ -32,9 +32,10 @@ class Progress:
     step: int = 0
     epoch: int = 0
     batches_into_epoch: int = 0
-    warm_steps: int = 0  # updates that the moments had seen before step 1, in the run of a warm start
+    updates: int = 0  # that the moments have seen: those of a warm start's run count, skipped steps do not
     best_recall: float = -1.0
     validations_since_best: int = 0
+    skipped: int = 0  # steps that changed nothing, as a gradient was not finite
     seconds: float = 0.0  # spent training, over all attempts
     curve: list[dict[str, float]] = field(default_factory=list)  # metrics of each validation
 

@@ -47,6 +47,11 @@ def find_checkpoint(run_url: str, which: str) -> str | None:
     return checkpoint_url(run_url, ranked[0]) if ranked else None
 
 
+def last_step(run_url: str) -> int:
+    """The step of the last checkpoint; 0 without one."""
+    return max(kept_checkpoints(run_url), default=0)
+
+
 def kept_checkpoints(run_url: str) -> dict[int, float | None]:
     """The recall@10 of each committed checkpoint by its step; None where the step was not validated.
 

@@ -156,6 +156,11 @@ class Engine:
         for group in self._inner.param_groups:
             group["lr"] = learning_rate
 
+    @property
+    def updates(self) -> int:
+        """How many updates the moments have seen; the host waits for the device."""
+        return int(next(iter(self._inner.state.values()))["step"])
+
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter by name, whole, on the CPU; all ranks must call."""
         return {name: whole.to("cpu", copy=True) for name, whole in self._whole_tensors([None])}

@@ -1,8 +1,12 @@
 """Starts the training workers with Ray Train and brings their outcome back."""
 
 import logging
+import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,13 +19,18 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import from_dict, to_dict
-from lrurec_dist.errors import LrurecError
 from lrurec_dist.reporting import METRICS, MetricsFile
+from lrurec_dist.train.attempts import train_in_attempts
+from lrurec_dist.train.failures import is_collective
+from lrurec_dist.train.heartbeats import BeatingPresence, Heartbeats
 from lrurec_dist.train.worker_process import prepare_process, set_threads
 
 # Ray trains on a thread of its own. glibc gives that an arena of 64 MiB pieces, which go back to the kernel with every
 # step whatever `keep_freed_memory` asks: a third more page faults. One arena for all threads keeps what it has.
 _WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+
+# A rank that loses touch with a dead one fails at once, and Ray may hear of that first: it shall find the dead one.
+_UNTIL_RAY_LOOKED_S = 5.0
 
 
 def use_cuda(device: str) -> bool:
@@ -30,54 +39,66 @@ def use_cuda(device: str) -> bool:
 
 
 def launch_training(config: Config) -> None:
-    """Run the training loop on `train.workers` workers until it ends.
+    """Run the training loop on `train.workers` workers until it ends, through losses of workers and nodes.
 
     Every attempt is a Ray run of its own name: under a used one, Ray would silently resume the old
     run. What counts of a run is in our own checkpoints.
 
     Raises:
-        LrurecError: what a worker raised, or a failure of the worker group.
+        LrurecError: what a worker raised.
+        WorkersError: workers were lost too often, or there is no room for them.
+        StoppedError: SIGTERM arrived.
     """
-    cuda = use_cuda(config.train.device)
-    trainer = TorchTrainer(
-        _worker_entry,
-        train_loop_config={"config": to_dict(config), "cuda": cuda},
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.train.workers,
-            use_gpu=cuda,
-            resources_per_worker={"CPU": config.train.cpus_per_worker, **({"GPU": 1} if cuda else {})},
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
+    options = config.train
+    cuda = use_cuda(options.device)
+    bundle = {"CPU": options.cpus_per_worker, **({"GPU": 1} if cuda else {})}
+
+    def attempt(number: int, workers: int, heartbeats: Heartbeats) -> str:
+        # only the first attempt may begin anew
+        again = config if number == 1 else replace(config, train=replace(options, resume="auto"))
+        # mypy knows the classes that these names stood for before Ray Train's second version
+        run_config = RunConfig(  # type: ignore[call-arg]
+            name=f"attempt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{number}",
             storage_path=storage.join(config.run_dir, "ray"),
-            failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},  # type: ignore[call-arg]  # Ray shows checkers an older class
-        ),
-    )
+            # Ray starts nothing again: it would go on from checkpoints of its own, of which there are none.
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
+            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+        )
+        trainer = TorchTrainer(
+            _worker_entry,  # type: ignore[arg-type]
+            train_loop_config={"config": to_dict(again), "cuda": cuda, "heartbeats": heartbeats.actor},
+            torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=math.ceil(options.collective_timeout_s)),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=cuda, resources_per_worker=bundle),
+            run_config=run_config,
+        )
+        return trainer.fit().return_value  # type: ignore[attr-defined]
+
+    metrics = MetricsFile(storage.join(config.run_dir, METRICS))
+    with metrics.followed(options.max_steps), _ray_settings(options.collective_timeout_s):
+        train_in_attempts(attempt, options, config.run_dir, bundle, metrics)
+
+
+@contextmanager
+def _ray_settings(timeout_s: float) -> Iterator[None]:
+    """Ray Train's settings that exist as environment variables of the driver alone; those of the user stay."""
+    settings = {
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": timeout_s,  # of Ray's own exchanges; without it there is none
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": timeout_s,
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": 1.0,  # a node that is taken away often has 30 s left
+    }
+    ours = {name: f"{value:g}" for name, value in settings.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
-        with MetricsFile(storage.join(config.run_dir, METRICS)).followed(config.train.max_steps):
-            trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _cause_of(error) from error
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
-def _cause_of(error: BaseException) -> LrurecError:
-    """The deliberate error of a worker if there is one, else the first failure in one line."""
-    failures = getattr(error, "worker_failures", None) or {}
-    causes: list[tuple[int, BaseException]] = [
-        (rank, getattr(failure, "cause", failure)) for rank, failure in sorted(failures.items())
-    ]
-    for rank, cause in causes:
-        if isinstance(cause, LrurecError):
-            return type(cause)(f"rank {rank}: {cause}")
-    for rank, cause in causes:
-        lines = [line for line in str(cause).splitlines() if line.strip()]
-        return LrurecError(f"rank {rank} failed: {type(cause).__name__}: {lines[-1] if lines else ''}")
-    return LrurecError(f"training failed: {type(error).__name__}: {error}")
-
-
-def _worker_entry(arguments: dict[str, Any]) -> None:
+def _worker_entry(arguments: dict[str, Any]) -> str:
+    """What each worker runs; why it left before the end of training, if it did."""
     prepare_process(arguments["cuda"])
     from lrurec_dist.train.loop import train  # DeepSpeed is a worker's business, not the driver's
 
@@ -88,4 +109,12 @@ def _worker_entry(arguments: dict[str, Any]) -> None:
     else:
         device = torch.device("cpu")
         set_threads(config.train.threads_per_worker, ray.train.get_context().get_local_world_size())
-    train(config, device, ray.train.report)
+    presence = BeatingPresence(arguments["heartbeats"])
+    try:
+        with presence.beating():
+            ended = train(config, device, ray.train.report, presence)
+    except RuntimeError as error:
+        if is_collective(error):
+            time.sleep(_UNTIL_RAY_LOOKED_S)
+        raise
+    return "" if ended else presence.leave

@@ -23,6 +23,7 @@ from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard, trainin
 from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.reporting import METRICS, MetricsFile
+from lrurec_dist.train.bad_batches import BAD_BATCHES, BadBatches
 from lrurec_dist.train.carried import CarriedState
 from lrurec_dist.train.checkpoint_writer import CheckpointWriter
 from lrurec_dist.train.deepspeed_config import derive
@@ -30,6 +31,7 @@ from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.objective import Objective
 from lrurec_dist.train.order import data_order
 from lrurec_dist.train.pieces import pieces_of_rank
+from lrurec_dist.train.presence import ENDED, LEFT, TRAINING, VALIDATING, WAITING, Agreement, Presence
 from lrurec_dist.train.resume import begin, describe_subject
 from lrurec_dist.train.schedule import learning_rate_schedule
 from lrurec_dist.train.trackers import Trackers
@@ -39,25 +41,28 @@ from lrurec_dist.train.window import Window
 RANKING_REPORT_S = 10.0  # between records of how far a validation is
 
 
-def train(config: Config, device: torch.device, report: Callable[[dict[str, float]], None]) -> str:
+def train(
+    config: Config, device: torch.device, report: Callable[[dict[str, float]], None], presence: Presence | None = None
+) -> str:
     """Train until early stopping or the end of the budget; the same call on every rank.
 
     Args:
         config: the run.
         device: where this rank computes.
         report: called by every rank after each validation, with its metrics.
+        presence: told where this rank stands, and asked whether all should leave.
 
     Returns:
-        Why training ended. The best and the last checkpoint lie in the run directory.
+        Why training ended; empty if the ranks left before. The best and the last checkpoint lie in the run directory.
     """
-    return _Worker(config, device).run(report)
+    return _Worker(config, device, presence or Presence()).run(report)
 
 
 class _Worker:
     """One rank's side of a training run."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device, presence: Presence) -> None:
+        self.config, self.device, self.presence = config, device, presence
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.dataset = SequenceDataset(config.dataset_url)
         self.order = data_order(config, self.dataset)
@@ -100,7 +105,7 @@ class _Worker:
             max_steps=options.max_steps,
             final_share=options.final_learning_rate_share,
         )
-        self.metrics_file = MetricsFile(storage.join(config.run_dir, METRICS))
+        self.metrics_file, self.bad_batches = MetricsFile(storage.join(config.run_dir, METRICS)), BadBatches(config.run_dir)
         self.trackers = Trackers(config.run_dir, options.track if self.rank == 0 else [], to_dict(config))
         lanes = {"num_lanes": self.order.global_batch_size, "rank": self.rank, "world_size": self.world_size}
         self.carried = CarriedState(self.engine.model, **lanes) if self.order.windows == "carried" else None
@@ -144,21 +149,25 @@ class _Worker:
     def run(self, report: Callable[[dict[str, float]], None]) -> str:
         with self.checkpoints:  # the end waits for what is being written
             stop = self._train(report)
-        self._note(f"ended after {self.progress.step:,} steps: {stop}")
+        self.presence.at(self.progress.step, ENDED if stop else LEFT)
+        if stop:
+            self._note(f"ended after {self.progress.step:,} steps: {stop}")
         self.trackers.close()
         return stop
 
     def _train(self, report: Callable[[dict[str, float]], None]) -> str:
         options = self.config.train
-        window = Window(self.device)
+        window, agreement = Window(self.device), Agreement(self.presence, self.device)
         stop = self._exhausted()
         batches = self._batches()
         while not stop:
+            self.presence.at(self.progress.step, WAITING)
             with window.phase("waiting"):
                 batch = next(batches)
             step = self.progress.step + 1
             reported = step % options.report_every == 0 or step == options.max_steps
             window.sampled = reported
+            self.presence.at(self.progress.step, TRAINING)
             self._step(batch, window)
             moved_on = batch.epoch != self.progress.epoch
             self.progress = replace(
@@ -172,7 +181,9 @@ class _Worker:
                 stop = self._exhausted()
                 window = Window(self.device)
             validates = step % options.validate_every == 0 or bool(stop)
-            if validates or (options.checkpoint_every and step % options.checkpoint_every == 0):
+            leaves = not stop and agreement.to_leave()
+            if leaves or validates or (options.checkpoint_every and step % options.checkpoint_every == 0):
+                self.presence.at(step, VALIDATING)
                 started = time.perf_counter()
                 if validates:
                     report(self._validate())
@@ -181,6 +192,8 @@ class _Worker:
                     self._save(None)
                 window.leave_out(time.perf_counter() - started)
                 self.progress = replace(self.progress, seconds=self.progress.seconds + time.perf_counter() - started)
+            if leaves:
+                break
         return stop
 
     def _step(self, batch: StepBatch, window: Window) -> None:
@@ -199,12 +212,30 @@ class _Worker:
             counts = [sum(pair) for pair in zip(counts, seen, strict=True)]
         with window.phase("update"):
             clipped = self.engine.update()
-        window.add(loss_sum, clipped, *counts)
+        self.bad_batches.remember(batch, loss_sum)
+        # Looking at it makes the host wait for a GPU: only who wants to go on after such a step pays.
+        if self.config.train.max_skipped_steps and bool(clipped.skipped):
+            self._skip()
+        else:
+            window.add(loss_sum, clipped, *counts)
+
+    def _skip(self) -> None:
+        """Count a step that left the parameters of all ranks as they were; too many end training."""
+        step, count, limit = self.progress.step + 1, self.progress.skipped + 1, self.config.train.max_skipped_steps
+        self.progress = replace(self.progress, skipped=count)
+        self.bad_batches.keep_first()
+        self._note(f"step {step:,} changed nothing, its gradient is not finite: {count} of train.max_skipped_steps={limit}")
+        if count > limit:
+            raise DivergenceError(
+                f"train.max_skipped_steps={limit}: the gradient of step {step:,} is not finite, {count} steps by now; "
+                f"{BAD_BATCHES} names the batches, and the last checkpoint is sound"
+            )
 
     def _forward(self, micro: MicroBatch) -> torch.Tensor:
         try:
             loss: torch.Tensor = self.engine(self.objective.loss, micro, self.progress.step)
         except LrurecError as error:  # a batch of ours is sound, so it is the parameters that ran away
+            self.bad_batches.keep_first()
             raise DivergenceError(
                 f"loss is nan before step {self.progress.step + 1}, train.learning_rate={self.config.train.learning_rate:g}: {error}; "
                 "lower the rate, or resume from the last checkpoint"
@@ -220,12 +251,14 @@ class _Worker:
         totals = window.totals()
         step, loss = self.progress.step, totals["loss_sum"] / max(1.0, totals["num_targets"])
         rate, skipped_steps = self.config.train.learning_rate, round(totals["skipped_steps"])
-        if not math.isfinite(loss) or skipped_steps == window.steps:
+        if not math.isfinite(loss) or 0 < skipped_steps == window.steps:
+            self.bad_batches.keep_first()
             what = f"loss is {loss}" if not math.isfinite(loss) else f"no gradient is finite, loss is {loss:.4f}"
             raise DivergenceError(
                 f"{what} within {window.steps} steps before step {step}, train.learning_rate={rate:g}; "
                 "lower the rate, or resume from the last checkpoint"
             )
+        self.bad_batches.forget()
         self.progress = replace(self.progress, seconds=self.progress.seconds + window.seconds)
         norm = window.gradient_norm.item()
         self._write(
@@ -246,7 +279,7 @@ class _Worker:
 
     def _time_left(self, window: Window) -> float:
         options = self.config.train
-        left = (options.max_steps - self.progress.step) * window.seconds / window.steps
+        left = (options.max_steps - self.progress.step) * window.seconds / max(1, window.steps)
         return max(0.0, min(left, options.max_minutes * 60 - self.progress.seconds) if options.max_minutes else left)
 
     def _exhausted(self) -> str:
@@ -271,7 +304,7 @@ class _Worker:
 
     def _validate(self) -> dict[str, float]:
         """Rank the validation targets, keep the checkpoint, and say how it went."""
-        started = time.perf_counter()
+        started = told = time.perf_counter()
         model, options = self._whole_model(), self.config.evaluate
         protocol = RankingProtocol(
             split=self.order.split,
@@ -283,7 +316,6 @@ class _Worker:
         )
         model.eval()
         counts = RankCounts(protocol.deepest)
-        told = started
         for done, shard in enumerate(self.validation_shards, start=1):
             counts.counts += rank_shard(model, shard, protocol).counts
             if time.perf_counter() - told >= RANKING_REPORT_S:
@@ -312,6 +344,7 @@ class _Worker:
         return {"step": self.progress.step, **metrics}
 
     def _save(self, validation: dict[str, float] | None) -> None:
+        self.progress = replace(self.progress, updates=self.engine.updates)
         pieces = pieces_of_rank(self.engine.tensors(), self.rank, self.world_size)
         carried = self.carried.pieces() if self.carried else ()
         self.checkpoints.save(itertools.chain(pieces, carried), self.progress, validation)

@@ -66,7 +66,7 @@ def begin(
         if carried is not None:
             mine = slice(carried.lanes.start, carried.lanes.stop)
             carried.load({CARRIED: reader.read(CARRIED, mine)})
-    engine.load(parameters, moments, progress.step + progress.warm_steps)
+    engine.load(parameters, moments, progress.updates)
     for line in choice.notes:
         note(line)
     note(f"resuming from {choice.url}")

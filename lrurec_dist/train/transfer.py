@@ -48,6 +48,8 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     num_targets: int
     epoch: int
+    group: int  # of shards, within the epoch
+    batch: int  # within the group
 
 
 def iter_step_batches(batches: Iterator[TrainingBatch], *, accumulation: int, device: torch.device) -> Iterator[StepBatch]:
@@ -62,7 +64,9 @@ def iter_step_batches(batches: Iterator[TrainingBatch], *, accumulation: int, de
 def _split(batch: TrainingBatch, accumulation: int) -> StepBatch:
     bounds = [len(batch.item_ids) * part // accumulation for part in range(accumulation + 1)]
     rows = itertools.pairwise(bounds)
-    return StepBatch([_micro_batch(batch, slice(begin, end)) for begin, end in rows], batch.num_targets, batch.epoch)
+    return StepBatch(
+        [_micro_batch(batch, slice(begin, end)) for begin, end in rows], batch.num_targets, batch.epoch, batch.group, batch.batch
+    )
 
 
 def _micro_batch(batch: TrainingBatch, rows: slice) -> MicroBatch:
@@ -88,7 +92,7 @@ def _copied_ahead(batches: Iterator[StepBatch], device: torch.device) -> Iterato
     ahead: tuple[StepBatch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(copies):
-            moved = StepBatch([micro.to(device) for micro in batch.micro_batches], batch.num_targets, batch.epoch)
+            moved = replace(batch, micro_batches=[micro.to(device) for micro in batch.micro_batches])
             arrived = copies.record_event()
         if ahead is not None:
             yield _arrived(*ahead)

@@ -58,14 +58,14 @@ def warm_start(
         if name.startswith(TABLE):
             parameters[name] = extended(value, _new_rows(value, dataset), draw)
     before = Progress(**manifest["progress"])
-    warm_steps = before.step + before.warm_steps if config.train.warm_start_moments else 0
-    engine.load(parameters, moments, warm_steps)
+    updates = before.updates if config.train.warm_start_moments else 0
+    engine.load(parameters, moments, updates)
     new = dataset.num_items - manifest["num_items"]
     note(
         f"warm start from {url}: {manifest['num_items']:,} items keep their rows, {new:,} are new; "
         f"{'with' if config.train.warm_start_moments else 'without'} moments"
     )
-    return Progress(warm_steps=warm_steps)
+    return Progress(updates=updates)
 
 
 def extended(rows: Tensor, count: int, draw: torch.Generator) -> Tensor:
