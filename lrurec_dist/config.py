@@ -23,6 +23,7 @@ class ModelConfig:
     ring_min: float = 0.8  # decay moduli start between these two
     ring_max: float = 0.99
     temperature: float = 0.0  # above 0: scores are cosine / temperature + bias, e.g. 0.05
+    table: Literal["replicated", "sharded"] = "replicated"  # item rows: all on every worker, or dealt out to the workers
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden", "blocks"):
@@ -73,6 +74,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     decay_recurrence: bool = False  # True: nu, theta and gamma take weight decay, as in the original
     epsilon: float = 1e-9
+    table_optimizer: Literal["adamw", "lazy_adam", "rowwise_adagrad"] = "adamw"  # of item rows; the others: model.table=sharded
     clip_norm: float = 5.0
     max_steps: int = 100_000
     max_minutes: float = 0.0  # 0: no limit; otherwise training ends at the next report after so long
@@ -190,6 +192,31 @@ class Config:
             batch.tokens,
             f"is below batch.max_length={batch.max_length} x train.workers={workers}: a rank could see no data; "
             f"raise it to {workers * batch.max_length} or more, or take fewer workers",
+        )
+
+        self._check_table()
+
+    def _check_table(self) -> None:
+        """What a table that is dealt out to the workers cannot be combined with, and what only it can."""
+        train, sharded = self.train, self.model.table == "sharded"
+        require(
+            sharded or train.table_optimizer == "adamw",
+            "train.table_optimizer",
+            train.table_optimizer,
+            "needs model.table=sharded, as DeepSpeed trains a replicated table with AdamW; set that, or adamw",
+        )
+        require(
+            not sharded or train.zero_stage < 3,
+            "train.zero_stage",
+            train.zero_stage,
+            "partitions parameters, and model.table=sharded has spread the item rows already; set train.zero_stage=2 or lower, "
+            "or model.table=replicated",
+        )
+        require(
+            not sharded or train.offload_optimizer == "none",
+            "train.offload_optimizer",
+            train.offload_optimizer,
+            "does not reach a sharded table, whose state stays with its rows; set none, or model.table=replicated",
         )
 
     @property

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "dataset.dir",
     "batch.feed",
     "bundle.",
+    "model.table",
     "train.workers",
     "train.device",
     "train.cpus_per_worker",

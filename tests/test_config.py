@@ -156,6 +156,24 @@ def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
             "set that, or none",
         ),
         (
+            ["model.table=sharded", "train.zero_stage=3"],
+            "train.zero_stage=3",
+            "has spread the item rows already",
+            "set train.zero_stage=2 or lower, or model.table=replicated",
+        ),
+        (
+            ["model.table=sharded", "train.offload_optimizer=cpu"],
+            "train.offload_optimizer=cpu",
+            "does not reach a sharded table",
+            "set none, or model.table=replicated",
+        ),
+        (
+            ["train.table_optimizer=lazy_adam"],
+            "train.table_optimizer=lazy_adam",
+            "needs model.table=sharded",
+            "set that, or adamw",
+        ),
+        (
             ["train.warmup_steps=600", "train.max_steps=500"],
             "train.warmup_steps=600",
             "exceeds train.max_steps=500",

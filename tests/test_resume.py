@@ -102,11 +102,12 @@ def manifest_of(subject: Subject) -> dict[str, Any]:
         ("seed=3", "seed=0 -> 3"),
         ("train.precision=bfloat16", "train.precision=float32 -> bfloat16"),
         ("train.learning_rate=1", "train.learning_rate=0.001 -> 1"),
+        ("model.table=sharded train.table_optimizer=lazy_adam", "train.table_optimizer=adamw -> lazy_adam"),
         ("train.validate_every=7", "train.validate_every=500 -> 7"),
     ],
 )
 def test_a_run_with_another_setting_that_shapes_the_future_is_refused_by_its_name(override: str, named: str) -> None:
-    message = refusal(manifest_of(subject_of()), subject_of(override))
+    message = refusal(manifest_of(subject_of()), subject_of(*override.split()))
     assert message.startswith("CheckpointError: checkpoint step_7 was trained with other settings")
     assert named in message
     assert "train.resume=never" in message
@@ -117,7 +118,7 @@ def test_settings_that_do_not_shape_the_future_may_change() -> None:
 
     changed = (
         "train.max_steps=900", "train.max_minutes=3", "train.patience=2", "train.report_every=7", "train.workers=5",
-        "train.zero_stage=2", "train.keep_checkpoints=9", "train.checkpoint_every=3", "batch.feed=ray", "run_dir=elsewhere",
+        "train.zero_stage=2", "train.keep_checkpoints=9", "train.checkpoint_every=3", "batch.feed=ray", "run_dir=elsewhere", "model.table=sharded",
     )  # fmt: skip
     refuse_another_subject("step_7", manifest_of(subject_of()), subject_of(*changed))
 

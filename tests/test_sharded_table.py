@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lrurec_dist.errors import ConfigError, LrurecError
-from lrurec_dist.model import sharded_table
-from lrurec_dist.model.item_table import ItemTable
+from lrurec_dist.model import item_table
+from lrurec_dist.model.item_table import ItemTable, initial_values
 from lrurec_dist.model.lrurec import LRURec
-from lrurec_dist.model.sharded_table import ShardedItemTable, initial_values
+from lrurec_dist.model.sharded_table import ShardedItemTable
 from lrurec_dist.train.row_optimizer import row_optimizer
 from tests.processes import run_ranks
 from tests.sharded import dense, own, sharded, whole
@@ -104,7 +104,7 @@ def test_owners_receive_the_sum_of_all_ranks_gradients(found: dict[int, list[dic
 def test_initial_rows_do_not_depend_on_the_number_of_ranks(
     monkeypatch: pytest.MonkeyPatch, found: dict[int, list[dict[str, Any]]]
 ) -> None:
-    monkeypatch.setattr(sharded_table, "_ROWS_AT_A_TIME", 4)  # nor on how many are drawn at once
+    monkeypatch.setattr(item_table, "_ROWS_AT_A_TIME", 4)  # nor on how many are drawn at once
     alone = ShardedItemTable(NUM_ITEMS, DIM, seed=7)
     for parts in found.values():
         np.testing.assert_array_equal(whole([part["initial"][0] for part in parts]), alone.weight.detach().numpy())
@@ -126,7 +126,7 @@ def test_initial_values_are_distributed_as_those_of_the_replicated_table() -> No
 
 
 def test_numbers_are_mixed_as_in_the_reference_of_splitmix64() -> None:
-    assert sharded_table._mix(torch.tensor(1234567)).item() == 6457827717110365317  # its first output for this seed
+    assert item_table._mix(torch.tensor(1234567)).item() == 6457827717110365317  # its first output for this seed
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,7 @@
 """Evaluation of whole datasets: every evaluable user once, on any number of workers."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lrurec_dist import collectives
 from lrurec_dist.data.batches import iter_evaluation_batches
 from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
 from lrurec_dist.data.splits import Part, Split, trains
@@ -17,6 +18,7 @@ from lrurec_dist.errors import DataQualityError, LrurecError
 from lrurec_dist.evaluate.baselines import Popularity
 from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.evaluate.ranking import target_ranks
+from lrurec_dist.evaluate.sharded_ranking import rows_of, sharded_target_ranks
 from lrurec_dist.model.item_table import ItemTable
 from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.model.sharded_table import ShardedItemTable
@@ -51,7 +53,7 @@ class RankingProtocol:
 
 @torch.inference_mode()
 def rank_shard(model: Encoder, shard: SequenceShard, protocol: RankingProtocol) -> RankCounts:
-    """Count the target ranks of every evaluable user in a shard."""
+    """Count the target ranks of every evaluable user in a shard; with a sharded table within `rank_shards`."""
     counts = RankCounts(protocol.deepest)
     weight, bias = model.item_rows(), model.table.bias
     for batch in iter_evaluation_batches(
@@ -62,8 +64,39 @@ def rank_shard(model: Encoder, shard: SequenceShard, protocol: RankingProtocol) 
             torch.from_numpy(values).to(weight.device)
             for values in (batch.item_ids, batch.targets, batch.history_rows[pairs], batch.history_ids[pairs])
         )
-        counts.add(target_ranks(model.encode(item_ids), weight, bias, targets, rows, ids))
+        if isinstance(model.table, ShardedItemTable):
+            collectives.any_rank(True, weight.device)  # this rank has another batch
+            counts.add(_sharded_ranks(model, model.table, weight, item_ids, targets, rows, ids))
+        else:
+            counts.add(target_ranks(model.encode(item_ids), weight, bias, targets, rows, ids))
     return counts
+
+
+def rank_shards(model: Encoder, shards: Iterable[SequenceShard], protocol: RankingProtocol) -> Iterator[RankCounts]:
+    """What `rank_shard` counts in each shard, in their order.
+
+    With a sharded table every rank has to go through all of it, each with as many shards as it has: encoding and ranking a batch
+    takes all ranks, so who is done before the others goes on without users.
+    """
+    for shard in shards:
+        yield rank_shard(model, shard, protocol)
+    if isinstance(model.table, ShardedItemTable):
+        _rank_nobody(model, model.table)
+
+
+@torch.inference_mode()
+def _rank_nobody(model: Encoder, table: ShardedItemTable) -> None:
+    """Take part in the batches that other ranks still have."""
+    weight = model.item_rows()
+    none = torch.empty(0, dtype=torch.int64, device=weight.device)
+    while collectives.any_rank(False, weight.device):
+        _sharded_ranks(model, table, weight, none[:, None], none, none, none)
+
+
+def _sharded_ranks(
+    model: Encoder, table: ShardedItemTable, weight: Tensor, item_ids: Tensor, targets: Tensor, rows: Tensor, ids: Tensor
+) -> Tensor:
+    return sharded_target_ranks(model.encode(item_ids), weight, table.bias, rows_of(table), targets, rows, ids)
 
 
 def training_counts(shards: Iterable[SequenceShard], split: Split, num_items: int) -> np.ndarray:

@@ -21,6 +21,8 @@ class NegativeSampler:
             without any is drawn as one with a single occurrence, or it would never be a negative.
         distribution: `counts` in proportion to occurrences, `log_uniform` as 1 / rank by
             occurrences (Zipf's law: log(1 + 1 / rank)), `uniform` all alike.
+
+    It holds 12 bytes an item, and takes several times that while it is made: on every rank, with a sharded item table too.
     """
 
     def __init__(self, counts: Tensor, distribution: Distribution) -> None:

@@ -1,6 +1,5 @@
 """The item table of a catalogue that does not fit one device: its rows are spread over the ranks."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -9,9 +8,7 @@ from torch import Tensor, nn
 from lrurec_dist import PAD_ID, collectives
 from lrurec_dist.errors import ConfigError
 from lrurec_dist.model.checks import require
-
-_QUANTILES = 1 << 16  # distinct initial values
-_ROWS_AT_A_TIME = 1 << 12  # drawn at once: 64-bit numbers of 2 MB where rows are 64 wide
+from lrurec_dist.model.item_table import initial_rows
 
 
 class ShardedItemTable(nn.Module):
@@ -23,8 +20,7 @@ class ShardedItemTable(nn.Module):
         seed: of the initial values, which are a function of (seed, item_id) and do not depend on the number of ranks.
 
     `weight` (local_rows, dim) and `bias` (local_rows,) hold what this rank owns, `PAD_ID` included, and are all that is
-    ever allocated. Initial values are distributed as those of the replicated table: truncated normal, standard deviation 0.02
-    within +-0.04.
+    ever allocated. Initial values are those of the replicated table with this seed.
 
     Lookups are collective: every rank calls them equally often and in the same order, each with as many ids as it
     likes, and carries out the backward pass, in which owners receive the sum of all ranks' gradients. That is a sparse
@@ -38,13 +34,9 @@ class ShardedItemTable(nn.Module):
         super().__init__()
         self.num_items = num_items
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
-        if num_items < self.world_size:
-            raise ConfigError(
-                f"world_size={self.world_size}: a sharded item table needs an item for every rank, the catalogue has "
-                f"{num_items}; take at most {num_items} workers, or a replicated table"
-            )
-        self.weight = nn.Parameter(initial_values(self.item_ids(), torch.arange(dim), seed))
-        self.bias = nn.Parameter(initial_values(self.item_ids(), torch.tensor([-1]), seed).squeeze(1))
+        require_an_item_each(num_items, self.world_size)
+        weight, bias = initial_rows(self.item_ids(), dim, seed)
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def item_ids(self) -> Tensor:
         """(local_rows,) int64: the item of each row of this rank, ascending, on the CPU."""
@@ -78,6 +70,19 @@ class ShardedItemTable(nn.Module):
         return _Route(collectives.exchange_rows(keys % per_owner, asked, given), given, asked, places)
 
 
+def require_an_item_each(num_items: int, world_size: int) -> None:
+    """Refuse more ranks than a sharded table has items for.
+
+    Raises:
+        ConfigError: as its name says.
+    """
+    if num_items < world_size:
+        raise ConfigError(
+            f"world_size={world_size}: a sharded item table needs an item for every rank, the catalogue has {num_items}; "
+            f"take at most {num_items} workers, or model.table=replicated"
+        )
+
+
 class _Route(NamedTuple):
     """Which rows a lookup moves between which ranks."""
 
@@ -101,23 +106,3 @@ class _Fetch(torch.autograd.Function):
         sums = grad.new_zeros(sum(asked), *grad.shape[1:]).index_add_(0, places, grad)
         received = collectives.exchange_rows(sums, asked, given)
         return torch.sparse_coo_tensor(rows[None], received, ctx.shape, check_invariants=False), None
-
-
-def initial_values(item_ids: Tensor, columns: Tensor, seed: int) -> Tensor:
-    """(ids, columns) float32: truncated normal, deviation 0.02 within +-0.04; each a function of (seed, item_id, column)."""
-    levels = (torch.arange(_QUANTILES, dtype=torch.float64) * 2 + 1) / _QUANTILES - 1
-    # looked up by whole numbers, so that no bit depends on how rows are grouped
-    quantiles = (0.02 * math.sqrt(2) * torch.erfinv(levels * math.erf(math.sqrt(2)))).float()
-    key = _mix(torch.tensor(seed))
-    values = torch.empty(len(item_ids), len(columns))
-    for part, ids in zip(values.split(_ROWS_AT_A_TIME), item_ids.split(_ROWS_AT_A_TIME), strict=True):
-        part.copy_(quantiles[_mix(_mix(ids + key)[:, None] + columns) & (_QUANTILES - 1)])
-    return values
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 64-bit integers whose every output bit depends on every input bit: the finaliser of SplitMix64."""
-    x = x + -0x61C8864680B583EB  # the constants are those of the reference, as signed numbers
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
-    return x ^ (x >> 31 & (1 << 33) - 1)

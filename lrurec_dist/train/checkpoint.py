@@ -4,7 +4,8 @@
                      /step_000500/rank-00000-of-00003.safetensors …  manifest.json
 
 Each rank writes one file with its rows of every parameter and optimizer moment. The manifest says
-where each row lies, so that a checkpoint loads at any world size and ZeRO stage.
+where each row lies, so that a checkpoint loads at any world size and ZeRO stage, with the item table
+on every rank or dealt out to them.
 """
 
 import functools
@@ -115,8 +116,8 @@ def parameter_names(manifest: dict[str, Any]) -> list[str]:
 
 
 def moment_names(manifest: dict[str, Any]) -> list[str]:
-    """The tensors that are moments of the optimizer, named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`."""
-    return [name for name in manifest["tensors"] if name.startswith("exp_avg")]
+    """The tensors that are state of the optimizers, named `<moment>/<parameter>`."""
+    return [name for name in manifest["tensors"] if name.startswith(("exp_avg/", "exp_avg_sq/", "sum_sq/"))]
 
 
 def load_model(url: str, device: str = "cpu") -> LRURec:

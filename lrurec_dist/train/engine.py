@@ -29,6 +29,7 @@ from lrurec_dist import collectives
 from lrurec_dist.errors import CheckpointError
 from lrurec_dist.model.lrurec import RECURRENCE, LRURec
 from lrurec_dist.train.optimizer import adamw
+from lrurec_dist.train.pieces import Piece, pieces_of_rank
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Engine:
         learning_rate, weight_decay, epsilon: of AdamW. Biases and LayerNorm take no decay.
         decay_recurrence: let weight decay reach nu, theta and gamma, as the original does.
         clip_norm: bound on the global gradient norm.
+        apart: a part of the model that somebody else trains and keeps; DeepSpeed does not see it.
 
     An update is as many `backward` as the config accumulates, then `update`; the same calls on
     every rank. Needs an initialised process group; it is used as it is.
@@ -74,6 +76,7 @@ class Engine:
         decay_recurrence: bool,
         epsilon: float,
         clip_norm: float,
+        apart: nn.Module | None = None,
     ) -> None:
         logger.setLevel(logging.WARNING)
         # DeepSpeed calls collectives by names that torch is about to drop; nobody who trains can do anything about it.
@@ -81,7 +84,8 @@ class Engine:
         if device.type == "cpu":
             # Compiling this op takes a minute, and a killed build blocks every later start for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        named = list(model.named_parameters())
+        others = set() if apart is None else set(apart.parameters())
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter not in others]
         exempt_names = ("bias", "norm.weight", *(() if decay_recurrence else RECURRENCE))
         groups = [
             {"params": [p for name, p in named if not name.endswith(exempt_names)], "weight_decay": weight_decay},
@@ -89,8 +93,11 @@ class Engine:
         ]
         optimizer = adamw(groups, learning_rate=learning_rate, epsilon=epsilon)
         self._named = named
-        self._shapes = {name: tuple(p.shape) for name, p in named}  # stage 3 leaves nothing of the parameters' own
-        self._engine, *_ = deepspeed.initialize(model=_Scope(model), optimizer=optimizer, config=dict(config))
+        # as this rank holds them; stage 3 leaves nothing of the parameters' own
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._held: dict[str, slice] = {}  # rows of parameters that are not whole on a rank even then
+        parts = [model] if apart is None else [part for part in model.children() if part is not apart]
+        self._engine, *_ = deepspeed.initialize(model=_Scope(parts), optimizer=optimizer, config=dict(config))
         self._zero_stage = int(config["zero_optimization"]["stage"])
         self._offloaded = config["zero_optimization"]["offload_optimizer"]["device"] != "none"
         self.accumulation = int(config["gradient_accumulation_steps"])
@@ -176,11 +183,23 @@ class Engine:
         """
         return self._whole_tensors([None, *_MOMENTS])
 
-    def load(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor], step: int) -> None:
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank writes of a checkpoint; views, one at a time. All ranks must go through all of theirs."""
+        return pieces_of_rank(self.tensors(), collectives.rank(), collectives.world_size())
+
+    def rows_of(self, name: str) -> slice:
+        """The rows of a parameter, or of state named after one, that `load` takes on this rank."""
+        return self._held.get(name.rpartition("/")[2], slice(None))
+
+    def load(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor] | None, step: int) -> None:
         """Take over parameters, moments and step count, saved at any world size and ZeRO stage; all ranks must call.
 
+        Args:
+            parameters, optimizer_state: by name, `rows_of` each; without state moments are zero.
+            step: updates that the moments have seen.
+
         Raises:
-            CheckpointError: a name or a shape does not fit this model.
+            CheckpointError: a name or a shape does not fit this model or this optimizer.
         """
         found = {name: tuple(p.shape) for name, p in parameters.items()}
         if self._shapes != found:
@@ -188,14 +207,26 @@ class Engine:
             raise CheckpointError(
                 f"parameter {odd[0]} {odd[1]} is not in both checkpoint and model; model.* or the catalogue differ"
             )
+        missing = self._state_names() - (self._state_names() if optimizer_state is None else optimizer_state.keys())
+        if missing:
+            raise CheckpointError(
+                f"{min(missing)} is not in the checkpoint, which another train.table_optimizer wrote; set that one, "
+                "or begin with parameters alone: train.warm_start with train.warm_start_moments=false"
+            )
         for name, parameter in self._named:
-            self._set_whole(parameter, parameters[name].to(self._device))
+            value = parameters[name].to(self._device)
+            self._set_whole(parameter, value)
             for moment in _MOMENTS:
-                self._set_whole(parameter, optimizer_state[f"{moment}/{name}"].to(self._device), moment)
+                state = torch.zeros_like(value) if optimizer_state is None else optimizer_state[f"{moment}/{name}"]
+                self._set_whole(parameter, state.to(self._device), moment)
         for state in self._inner.state.values():
             state["step"].fill_(step)
         if self._zero_stage == 3:
             self._spread_partitions()
+
+    def _state_names(self) -> set[str]:
+        """What `load` needs of an optimizer's state."""
+        return {f"{moment}/{name}" for moment in _MOMENTS for name, _ in self._named}
 
     def _whole_tensors(self, kinds: Iterable[str | None]) -> Iterator[tuple[str, Tensor]]:
         """Parameters for None, else moments of that name; none of them to be written to."""
@@ -278,11 +309,11 @@ class Engine:
 
 
 class _Scope(nn.Module):
-    """What DeepSpeed takes for the model: whatever is computed in its forward finds the parameters whole."""
+    """What DeepSpeed takes for the model: whatever is computed in its forward finds the parameters of the parts whole."""
 
-    def __init__(self, model: LRURec) -> None:
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.model = model
+        self.parts = nn.ModuleList(parts)
 
     def forward(self, compute: Callable[..., Any], *args: Any) -> Any:
         return compute(*args)

@@ -19,21 +19,22 @@ from lrurec_dist.data.batches import read_for_training
 from lrurec_dist.data.feed import iter_training_batches
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DivergenceError, LrurecError
-from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard, training_counts
+from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shards, training_counts
 from lrurec_dist.evaluate.metrics import RankCounts
+from lrurec_dist.model.item_table import ItemTable
 from lrurec_dist.model.lrurec import LRURec
+from lrurec_dist.model.sharded_table import ShardedItemTable
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.bad_batches import BAD_BATCHES, BadBatches
 from lrurec_dist.train.carried import CarriedState
 from lrurec_dist.train.checkpoint_writer import CheckpointWriter
 from lrurec_dist.train.deepspeed_config import derive
-from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.objective import Objective
 from lrurec_dist.train.order import data_order
-from lrurec_dist.train.pieces import pieces_of_rank
 from lrurec_dist.train.presence import ENDED, LEFT, TRAINING, VALIDATING, WAITING, Agreement, Presence
 from lrurec_dist.train.resume import begin, describe_subject
 from lrurec_dist.train.schedule import learning_rate_schedule
+from lrurec_dist.train.sharded_engine import engine_of
 from lrurec_dist.train.trackers import Trackers
 from lrurec_dist.train.transfer import MicroBatch, StepBatch, iter_step_batches
 from lrurec_dist.train.window import Window
@@ -81,8 +82,9 @@ class _Worker:
         options = config.train
         # None: products in the parameters' own type
         self.product_dtype = None if options.precision == "float32" else torch.bfloat16
-        self.engine = Engine(
+        self.engine = engine_of(
             self._new_model(checkpointed=options.activation_checkpointing),
+            table_optimizer=options.table_optimizer,
             device=device,
             config=derive(
                 device=device,
@@ -124,7 +126,10 @@ class _Worker:
         )
 
     def _new_model(self, checkpointed: bool = False) -> LRURec:
-        return LRURec(**self.shape, compute_dtype=self.product_dtype, checkpointed=checkpointed).to(self.device)
+        kind = ShardedItemTable if self.config.model.table == "sharded" else ItemTable
+        table = kind(self.dataset.num_items, self.config.model.dim, seed=self.config.seed)
+        model = LRURec(**self.shape, table=table, compute_dtype=self.product_dtype, checkpointed=checkpointed)
+        return model.to(self.device)
 
     def _note(self, text: str) -> None:
         self._write("note", text=text)
@@ -316,8 +321,8 @@ class _Worker:
         )
         model.eval()
         counts = RankCounts(protocol.deepest)
-        for done, shard in enumerate(self.validation_shards, start=1):
-            counts.counts += rank_shard(model, shard, protocol).counts
+        for done, of_shard in enumerate(rank_shards(model, self.validation_shards, protocol), start=1):
+            counts.counts += of_shard.counts
             if time.perf_counter() - told >= RANKING_REPORT_S:
                 told = time.perf_counter()
                 self._write("ranking", step=self.progress.step, shards_done=done, shards=len(self.validation_shards))
@@ -345,6 +350,5 @@ class _Worker:
 
     def _save(self, validation: dict[str, float] | None) -> None:
         self.progress = replace(self.progress, updates=self.engine.updates)
-        pieces = pieces_of_rank(self.engine.tensors(), self.rank, self.world_size)
         carried = self.carried.pieces() if self.carried else ()
-        self.checkpoints.save(itertools.chain(pieces, carried), self.progress, validation)
+        self.checkpoints.save(itertools.chain(self.engine.pieces(), carried), self.progress, validation)

@@ -7,6 +7,8 @@ from lrurec_dist.config import LossConfig
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
+from lrurec_dist.model.sharded_loss import sharded_sampled_softmax_loss, sharded_softmax_loss
+from lrurec_dist.model.sharded_table import ShardedItemTable
 from lrurec_dist.train.carried import CarriedState
 from lrurec_dist.train.transfer import MicroBatch
 
@@ -38,24 +40,47 @@ class Objective:
         self.sampler = NegativeSampler(counts, options.sampling) if counts is not None else None
 
     def loss(self, micro: MicroBatch, step: int) -> Tensor:
-        """Sum over the targets of a micro-batch of the update after `step`; call it inside the engine."""
+        """Sum over the targets of a micro-batch of the update after `step`; call it inside the engine.
+
+        With a sharded table every rank has to call it, and its backward pass, with or without targets.
+        """
         vectors = self._vectors(micro)
         if micro.predicted is not None:
             vectors = vectors[micro.predicted]
-        table = self._model.table
+        table, unit_rows = self._model.table, bool(self._model.temperature)
         if self.sampler is None:
+            padding = self._options.include_padding_class
+            if isinstance(table, ShardedItemTable):
+                return sharded_softmax_loss(
+                    vectors,
+                    table,
+                    micro.targets,
+                    include_padding_class=padding,
+                    unit_rows=unit_rows,
+                    product_dtype=self._product_dtype,
+                )[0]
             return softmax_loss(
                 vectors,
                 table.weight,
                 table.bias,
                 micro.targets,
-                include_padding_class=self._options.include_padding_class,
-                unit_rows=bool(self._model.temperature),
+                include_padding_class=padding,
+                unit_rows=unit_rows,
                 product_dtype=self._product_dtype,
             )[0]
         # one sample for all ranks and micro-batches, so that the loss does not depend on how many there are
         negatives = self.sampler.draw(self._options.negatives, hash((self._seed, step)) % 2**63)
         log_probability = self.sampler.log_probability
+        if isinstance(table, ShardedItemTable):
+            return sharded_sampled_softmax_loss(
+                vectors,
+                table,
+                micro.targets,
+                negatives,
+                log_probability,
+                unit_rows=unit_rows,
+                product_dtype=self._product_dtype,
+            )[0]
         return sampled_softmax_loss(
             vectors,
             self._model.item_rows(),

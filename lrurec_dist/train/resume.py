@@ -61,8 +61,8 @@ def begin(
     progress = standing(choice)
     names = parameter_names(choice.manifest)
     with PieceReader(choice.url, choice.manifest["tensors"]) as reader:
-        parameters = {name: reader.read(name) for name in names}
-        moments = {name: reader.read(name) for name in moment_names(choice.manifest)}
+        parameters = {name: reader.read(name, engine.rows_of(name)) for name in names}
+        moments = {name: reader.read(name, engine.rows_of(name)) for name in moment_names(choice.manifest)}
         if carried is not None:
             mine = slice(carried.lanes.start, carried.lanes.stop)
             carried.load({CARRIED: reader.read(CARRIED, mine)})

@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrurec_dist import collectives, storage
+from lrurec_dist import PAD_ID, collectives, storage
 from lrurec_dist.config import Config
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import CatalogueError, CheckpointError, DataNotReadyError
+from lrurec_dist.model.item_table import BIAS, normal_values
 from lrurec_dist.train.checkpoint import Progress, Subject, moment_names, parameter_names, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import fault_of, find_checkpoint
 from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.pieces import PieceReader
+from lrurec_dist.train.sharded_engine import TABLE, ShardedEngine
 
-TABLE = "table."  # parameters with a row for padding and one for each item
+_ROWS_AT_A_TIME = 1 << 16  # in float64, for the standard deviation
 _SAME_SHAPE = ("dim", "hidden", "blocks", "temperature")  # of the model; the last one scales what rows mean
 
 
@@ -26,7 +28,7 @@ def warm_start(
 
     Items known there keep their rows to the bit. New items get rows and biases drawn, by the run's
     seed, from a normal distribution with mean and standard deviation of the known ones in each
-    dimension, and moments of zero.
+    dimension, and moments of zero. With a sharded table each rank reads and draws its own rows.
 
     Returns:
         Progress at step 0. With moments it counts the updates they have seen, or Adam would take
@@ -44,39 +46,56 @@ def warm_start(
     manifest = collectives.on_first_rank(lambda: read_checkpoint_manifest(url, verify=False), group)
     _refuse_another_shape(setting, manifest, subject)
     collectives.on_first_rank(lambda: refuse_another_catalogue(setting, manifest, dataset), group)
-    names = parameter_names(manifest)
-    draw = torch.Generator().manual_seed(config.seed)
+    with_moments = config.train.warm_start_moments
     with PieceReader(url, manifest["tensors"]) as reader:
-        parameters = {name: reader.read(name) for name in sorted(names)}
-        moments = {name: reader.read(name) for name in moment_names(manifest)}
+        parameters = {name: reader.read(name, engine.rows_of(name)) for name in parameter_names(manifest)}
+        names = moment_names(manifest) if with_moments else []
+        moments = {name: reader.read(name, engine.rows_of(name)) for name in names}
+    held = range(dataset.num_items + 1)
     for name, value in moments.items():
-        if not config.train.warm_start_moments:
-            value.zero_()
         if name.partition("/")[2].startswith(TABLE):
-            moments[name] = torch.cat([value, value.new_zeros(_new_rows(value, dataset), *value.shape[1:])])
+            new_rows = len(held[engine.rows_of(name)]) - len(value)
+            moments[name] = torch.cat([value, value.new_zeros(new_rows, *value.shape[1:])])
+
+    def total(values: Tensor) -> Tensor:
+        """Over the rows of all ranks, where each has some."""
+        if isinstance(engine, ShardedEngine):
+            return torch.stack(collectives.together(lambda: values, group)).sum(0)
+        return values
+
     for name, value in parameters.items():
         if name.startswith(TABLE):
-            parameters[name] = extended(value, _new_rows(value, dataset), draw)
+            parameters[name] = extended(value, held[engine.rows_of(name)], seed=config.seed, total=total)
     before = Progress(**manifest["progress"])
-    updates = before.updates if config.train.warm_start_moments else 0
-    engine.load(parameters, moments, updates)
+    updates = before.updates if with_moments else 0
+    engine.load(parameters, moments if with_moments else None, updates)
     new = dataset.num_items - manifest["num_items"]
     note(
         f"warm start from {url}: {manifest['num_items']:,} items keep their rows, {new:,} are new; "
-        f"{'with' if config.train.warm_start_moments else 'without'} moments"
+        f"{'with' if with_moments else 'without'} moments"
     )
     return Progress(updates=updates)
 
 
-def extended(rows: Tensor, count: int, draw: torch.Generator) -> Tensor:
-    """A table with so many more rows, drawn with mean and standard deviation of the items' rows in each dimension.
+def extended(rows: Tensor, item_ids: range, *, seed: int, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """A table with rows for new items too, drawn with mean and standard deviation of the known items' in each dimension.
 
     Args:
-        rows: (1 + items, …); the first is padding, which has no part in the statistics.
+        rows: (known, dim) or biases (known,), of the first of `item_ids`; padding has no part in the statistics.
+        item_ids: of all rows that there shall be here.
+        seed: with item and dimension it decides what is drawn.
+        total: brings a sum over these rows to that over all rows.
     """
-    items = rows[1:].double()
-    new = items.mean(0) + items.std(0, correction=0) * torch.randn(count, *rows.shape[1:], generator=draw, dtype=torch.float64)
-    return torch.cat([rows, new.to(rows.dtype)])
+    new = torch.tensor(item_ids[len(rows) :], dtype=torch.int64)
+    items = (rows if rows.dim() > 1 else rows[:, None])[1 if item_ids[0] == PAD_ID else 0 :]
+    count = total(torch.tensor(float(len(items)), dtype=torch.float64))
+    mean = total(items.sum(0, dtype=torch.float64)) / count
+    squares = torch.zeros_like(mean)
+    for part in items.split(_ROWS_AT_A_TIME):
+        squares += (part.double() - mean).square().sum(0)
+    columns = torch.arange(rows.shape[1]) if rows.dim() > 1 else torch.tensor([BIAS])
+    drawn = mean + (total(squares) / count).sqrt() * normal_values(new, columns, seed)
+    return torch.cat([rows, drawn.to(rows.dtype).view(len(new), *rows.shape[1:])])
 
 
 def refuse_another_catalogue(setting: str, manifest: dict[str, Any], dataset: SequenceDataset) -> None:
@@ -102,10 +121,6 @@ def _refuse_another_shape(setting: str, manifest: dict[str, Any], subject: Subje
             raise CheckpointError(
                 f"{setting}: was trained with model.{name}={there}, this run has {here}; set model.{name}={there}, or train without train.warm_start"
             )
-
-
-def _new_rows(table: Tensor, dataset: SequenceDataset) -> int:
-    return dataset.num_items + 1 - len(table)
 
 
 def _checkpoint_at(url: str) -> str:
