@@ -25,6 +25,7 @@ from lrurec_dist.config_file import load_config
 from lrurec_dist.data.events import EventRules
 from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
 from lrurec_dist.reporting import format_table, say, silent
+from lrurec_dist.train.presence import Presence
 from lrurec_dist.train.worker_process import prepare_process
 
 EVENTS = 10_000  # of each user, every one of another item: few users to rank, many items
@@ -52,7 +53,7 @@ def serve(rank: int, ranks: int, overrides: list[str], rendezvous: str, results:
     from lrurec_dist.train import loop  # DeepSpeed reads what was prepared when it is imported
 
     peaks = [_status("VmRSS")]
-    worker = loop._Worker(load_config(None, overrides), torch.device("cpu"))
+    worker = loop._Worker(load_config(None, overrides), torch.device("cpu"), Presence())
     validate = worker._validate
 
     def validate_then() -> dict[str, float]:

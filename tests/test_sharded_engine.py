@@ -237,12 +237,13 @@ def loss_of(model: LRURec, micro: Any) -> torch.Tensor:
 
 def build(zero_stage: int) -> Any:
     from lrurec_dist.train.deepspeed_config import derive
-    from lrurec_dist.train.sharded_engine import engine_of
+    from lrurec_dist.train.sharded_engine import ShardedEngine
 
     torch.manual_seed(5)
     table = ShardedItemTable(NUM_ITEMS, 8, seed=5)
-    return engine_of(
+    return ShardedEngine(
         LRURec(num_items=NUM_ITEMS, dim=8, hidden=8, blocks=1, dropout=0.0, table=table),
+        table,
         table_optimizer="adamw",
         device=CPU,
         config=derive(device=CPU, zero_stage=zero_stage),

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -21,20 +20,17 @@ from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import DivergenceError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shards, training_counts
 from lrurec_dist.evaluate.metrics import RankCounts
-from lrurec_dist.model.item_table import ItemTable
 from lrurec_dist.model.lrurec import LRURec
-from lrurec_dist.model.sharded_table import ShardedItemTable
 from lrurec_dist.reporting import METRICS, MetricsFile
+from lrurec_dist.train.assembly import model_arguments, new_engine, new_model, product_dtype
 from lrurec_dist.train.bad_batches import BAD_BATCHES, BadBatches
 from lrurec_dist.train.carried import CarriedState
 from lrurec_dist.train.checkpoint_writer import CheckpointWriter
-from lrurec_dist.train.deepspeed_config import derive
 from lrurec_dist.train.objective import Objective
 from lrurec_dist.train.order import data_order
 from lrurec_dist.train.presence import ENDED, LEFT, TRAINING, VALIDATING, WAITING, Agreement, Presence
 from lrurec_dist.train.resume import begin, describe_subject
 from lrurec_dist.train.schedule import learning_rate_schedule
-from lrurec_dist.train.sharded_engine import engine_of
 from lrurec_dist.train.trackers import Trackers
 from lrurec_dist.train.transfer import MicroBatch, StepBatch, iter_step_batches
 from lrurec_dist.train.window import Window
@@ -69,37 +65,9 @@ class _Worker:
         self.order = data_order(config, self.dataset)
         mine = self.dataset.shard_names[self.rank :: self.world_size]
         self.validation_shards = [read_for_training(self.dataset, name, self.order) for name in mine]
-        self.shape: dict[str, Any] = {
-            "num_items": self.dataset.num_items,
-            "dim": config.model.dim,
-            "hidden": config.model.hidden,
-            "blocks": config.model.blocks,
-            "dropout": config.model.dropout,
-            "ring": [config.model.ring_min, config.model.ring_max],
-            "temperature": config.model.temperature,
-        }
         torch.manual_seed(config.seed)
         options = config.train
-        # None: products in the parameters' own type
-        self.product_dtype = None if options.precision == "float32" else torch.bfloat16
-        self.engine = engine_of(
-            self._new_model(checkpointed=options.activation_checkpointing),
-            table_optimizer=options.table_optimizer,
-            device=device,
-            config=derive(
-                device=device,
-                zero_stage=options.zero_stage,
-                accumulation=options.accumulation,
-                offload_optimizer=options.offload_optimizer,
-                offload_parameters=options.offload_parameters,
-                extras=options.deepspeed,
-            ),
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-            decay_recurrence=options.decay_recurrence,
-            epsilon=options.epsilon,
-            clip_norm=options.clip_norm,
-        )
+        self.engine = new_engine(config, self.dataset.num_items, device)
         self.learning_rate = learning_rate_schedule(
             schedule=options.schedule,
             learning_rate=options.learning_rate,
@@ -115,21 +83,16 @@ class _Worker:
             self.engine.model,
             config.loss,
             seed=config.seed,
-            product_dtype=self.product_dtype,
+            product_dtype=product_dtype(config),
             carried=self.carried,
             counts=self._training_counts() if config.loss.negatives else None,
         )
-        group, subject = collectives.new_group(), describe_subject(config, self.dataset, self.shape)
+        subject = describe_subject(config, self.dataset, model_arguments(config, self.dataset.num_items))
+        group = collectives.new_group()
         self.progress, damaged = begin(config, self.dataset, self.engine, self.carried, subject, group, self._note)
         self.checkpoints = CheckpointWriter(
             config.run_dir, subject=subject, keep=options.keep_checkpoints, damaged=damaged, group=group, record=self._write
         )
-
-    def _new_model(self, checkpointed: bool = False) -> LRURec:
-        kind = ShardedItemTable if self.config.model.table == "sharded" else ItemTable
-        table = kind(self.dataset.num_items, self.config.model.dim, seed=self.config.seed)
-        model = LRURec(**self.shape, table=table, compute_dtype=self.product_dtype, checkpointed=checkpointed)
-        return model.to(self.device)
 
     def _note(self, text: str) -> None:
         self._write("note", text=text)
@@ -303,7 +266,7 @@ class _Worker:
         """What ranks users: the model itself, or a whole copy where the ranks hold parts of it."""
         if self.config.train.zero_stage < 3:
             return self.engine.model
-        whole = self._new_model()
+        whole = new_model(self.config, self.dataset.num_items, self.device)
         whole.load_state_dict(self.engine.parameters())
         return whole
 

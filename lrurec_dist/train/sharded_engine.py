@@ -16,13 +16,6 @@ from lrurec_dist.train.row_optimizer import RowOptimizer, RowOptimizerKind, row_
 TABLE = "table."  # how the names of the table's parameters begin
 
 
-def engine_of(model: LRURec, *, table_optimizer: RowOptimizerKind, **options: Any) -> Engine:
-    """The engine that a model needs, with the options of `Engine`; the kind of optimizer is that of a sharded table."""
-    if isinstance(model.table, ShardedItemTable):
-        return ShardedEngine(model, model.table, table_optimizer=table_optimizer, **options)
-    return Engine(model, **options)
-
-
 class ShardedEngine(Engine):
     """An engine that keeps the item table from DeepSpeed, which would copy rank 0's rows over everybody's.
 
