@@ -86,6 +86,7 @@ class TrainConfig:
     resume: Literal["auto", "never"] = "auto"  # auto: from the newest whole checkpoint of an unfinished run
     warm_start: str = ""  # run directory or checkpoint to take parameters from, whose catalogue the dataset's extends
     warm_start_moments: bool = True  # False: without the optimizer's moments
+    new_item_vectors: str = ""  # Parquet of item_key, vector: rows that items new to a warm start begin with
     max_failures: int = 3  # losses of workers without a new checkpoint in between that training survives
     min_workers: int = 0  # go on with so few when the cluster cannot give all; 0: only with all of train.workers
     wait_for_workers_s: float = 300.0  # how long to wait for all of train.workers, before each attempt
@@ -102,6 +103,12 @@ class TrainConfig:
         limits = ("max_failures", "min_workers", "wait_for_workers_s", "max_skipped_steps")
         for name in ("weight_decay", "max_minutes", "threads_per_worker", "warmup_steps", "checkpoint_every", *limits):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "cannot be negative")
+        require(
+            not self.new_item_vectors or bool(self.warm_start),
+            "train.new_item_vectors",
+            self.new_item_vectors,
+            "needs train.warm_start: without one every item is new; set it, or leave this empty",
+        )
         require(self.min_workers <= self.workers, "train.min_workers", self.min_workers, f"exceeds train.workers={self.workers}")
         require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "has to be 0, 1, 2 or 3")
         for name, least in (("offload_optimizer", 1), ("offload_parameters", 3)):

@@ -66,7 +66,11 @@ def with_absolute_paths(config: Config) -> Config:
             deleted_users=resolved(config.dataset.deleted_users),
             deleted_items=resolved(config.dataset.deleted_items),
         ),
-        train=dataclasses.replace(config.train, warm_start=resolved(config.train.warm_start)),
+        train=dataclasses.replace(
+            config.train,
+            warm_start=resolved(config.train.warm_start),
+            new_item_vectors=resolved(config.train.new_item_vectors),
+        ),
         bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
     )
 

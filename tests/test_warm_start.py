@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -51,13 +53,14 @@ def yesterday(tmp_path: Path) -> str:
     return run
 
 
-def start(run: str, url: str, warm_from: str, zero_stage: int, moments: bool, **shape: Any) -> dict[str, Any]:
+def start(run: str, url: str, warm_from: str, zero_stage: int, moments: bool, vectors: str = "", **shape: Any) -> dict[str, Any]:
     from lrurec_dist.train.deepspeed_config import derive
     from lrurec_dist.train.engine import Engine  # DeepSpeed only where a rank runs
     from lrurec_dist.train.resume import begin, describe_subject
 
     torch.manual_seed(7)
     overrides = [f"run_dir={run}", f"dataset.dir={url}", f"seed={SEED}", f"train.warm_start={warm_from}"]
+    overrides += [f"train.new_item_vectors={vectors}"] if vectors else []
     config, dataset = load_config(None, [*overrides, f"train.warm_start_moments={moments}"]), SequenceDataset(url)
     model = {**SHAPE, "num_items": dataset.num_items, **shape}
     engine = Engine(
@@ -86,8 +89,8 @@ def start(run: str, url: str, warm_from: str, zero_stage: int, moments: bool, **
     return {"progress": progress, "tensors": arrays, "counts": counts, "notes": notes}
 
 
-def both(run: str, url: str, warm_from: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    return start(run, url, warm_from, 1, True), start(run, url, f"{warm_from}/checkpoints/step_000400", 2, False)
+def both(run: str, url: str, warm_from: str, vectors: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return start(run, url, warm_from, 1, True, vectors), start(run, url, f"{warm_from}/checkpoints/step_000400", 2, False)
 
 
 def scores(model: LRURec, histories: torch.Tensor) -> torch.Tensor:
@@ -97,7 +100,9 @@ def scores(model: LRURec, histories: torch.Tensor) -> torch.Tensor:
 def test_known_items_score_as_before_to_the_bit_and_new_ones_look_like_them(
     tmp_path: Path, yesterday: str, today: SequenceDataset
 ) -> None:
-    found = run_ranks(2, both, str(tmp_path / "new"), today.url, yesterday)
+    given, keys = np.full((3, SHAPE["dim"]), 0.125), today.catalogue.keys_of(np.array([1, KNOWN + 2, KNOWN + NEW]))
+    pq.write_table(pa.table({"item_key": keys, "vector": list(given)}), tmp_path / "vectors.parquet")
+    found = run_ranks(2, both, str(tmp_path / "new"), today.url, yesterday, str(tmp_path / "vectors.parquet"))
     warm, without = found[0]
     for one, other in zip(warm["tensors"].values(), found[1][0]["tensors"].values(), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -120,7 +125,8 @@ def test_known_items_score_as_before_to_the_bit_and_new_ones_look_like_them(
             assert not warm["tensors"][f"{moment}/{name}"][KNOWN + 1 :].any()
     # Adam has to know that its moments are of many updates, not of the first
     assert (warm["progress"], warm["counts"]) == (Progress(updates=350), {350.0})
-    assert "25 items keep their rows, 400 are new; with moments" in warm["notes"][0]
+    np.testing.assert_array_equal(warm["tensors"]["table.weight"][[KNOWN + 2, KNOWN + NEW]], given[:2])
+    assert "25 items keep their rows, 400 are new, 2 of them with given rows; with moments" in warm["notes"][0]
 
     assert (without["progress"], without["counts"]) == (Progress(), {0.0})
     assert not any(value.any() for name, value in without["tensors"].items() if "/" in name)

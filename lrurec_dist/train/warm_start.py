@@ -14,6 +14,7 @@ from lrurec_dist.model.item_table import BIAS, normal_values
 from lrurec_dist.train.checkpoint import Progress, Subject, moment_names, parameter_names, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import fault_of, find_checkpoint
 from lrurec_dist.train.engine import Engine
+from lrurec_dist.train.given_rows import read_given_rows
 from lrurec_dist.train.pieces import PieceReader
 from lrurec_dist.train.sharded_engine import TABLE, ShardedEngine
 
@@ -28,7 +29,8 @@ def warm_start(
 
     Items known there keep their rows to the bit. New items get rows and biases drawn, by the run's
     seed, from a normal distribution with mean and standard deviation of the known ones in each
-    dimension, and moments of zero. With a sharded table each rank reads and draws its own rows.
+    dimension, and moments of zero; `train.new_item_vectors` may give some rows. With a sharded table
+    each rank reads and draws its own rows.
 
     Returns:
         Progress at step 0. With moments it counts the updates they have seen, or Adam would take
@@ -66,15 +68,27 @@ def warm_start(
     for name, value in parameters.items():
         if name.startswith(TABLE):
             parameters[name] = extended(value, held[engine.rows_of(name)], seed=config.seed, total=total)
+    given = _given_rows(config.train.new_item_vectors, dataset, manifest["num_items"], subject.model["dim"], group)
+    place = held[engine.rows_of(f"{TABLE}weight")]
+    for item_id, row in given.items():
+        if item_id in place:
+            parameters[f"{TABLE}weight"][place.index(item_id)] = row
     before = Progress(**manifest["progress"])
     updates = before.updates if with_moments else 0
     engine.load(parameters, moments if with_moments else None, updates)
     new = dataset.num_items - manifest["num_items"]
+    with_rows = f", {len(given):,} of them with given rows" if given else ""
     note(
-        f"warm start from {url}: {manifest['num_items']:,} items keep their rows, {new:,} are new; "
+        f"warm start from {url}: {manifest['num_items']:,} items keep their rows, {new:,} are new{with_rows}; "
         f"{'with' if with_moments else 'without'} moments"
     )
     return Progress(updates=updates)
+
+
+def _given_rows(url: str, dataset: SequenceDataset, known: int, dim: int, group: Any) -> dict[int, Tensor]:
+    if not url:
+        return {}
+    return collectives.together(lambda: read_given_rows(url, dataset.catalogue, known=known, dim=dim), group)[0]
 
 
 def extended(rows: Tensor, item_ids: range, *, seed: int, total: Callable[[Tensor], Tensor]) -> Tensor:
