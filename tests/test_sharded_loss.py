@@ -10,12 +10,12 @@ import torch
 
 from lrurec_dist import collectives
 from lrurec_dist.errors import LrurecError
-from lrurec_dist.model.item_table import ItemTable
+from lrurec_dist.model.item_table import ItemTable, initial_values
 from lrurec_dist.model.loss import softmax_loss
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.model.sampling import NegativeSampler, sampled_softmax_loss
 from lrurec_dist.model.sharded_loss import sharded_sampled_softmax_loss, sharded_softmax_loss
-from lrurec_dist.model.sharded_table import ShardedItemTable, initial_values
+from lrurec_dist.model.sharded_table import ShardedItemTable
 from lrurec_dist.train.optimizer import adamw
 from lrurec_dist.train.row_optimizer import RowAdamW
 from tests.processes import run_ranks
