@@ -81,19 +81,20 @@ OTHER_OPTIONS = (
 )
 
 
-def test_losses_with_every_option_of_the_data_order_are_independent_of_the_number_of_workers(
+def test_losses_with_every_option_of_the_data_order_depend_on_neither_workers_nor_where_the_item_table_lies(
     tmp_path: Path, dataset_url: str
 ) -> None:
-    for workers in (1, 2):
-        launch_training(configure(tmp_path / str(workers), dataset_url, *OTHER_OPTIONS, f"train.workers={workers}"))
-    alone = losses(tmp_path / "1")
+    runs = {"alone": ["train.workers=1"], "sharded": ["train.workers=2", "model.table=sharded", "train.zero_stage=1"]}
+    for run, settings in runs.items():
+        launch_training(configure(tmp_path / run, dataset_url, *OTHER_OPTIONS, *settings))
+    alone = losses(tmp_path / "alone")
     assert alone[20] < alone[5]
-    assert losses(tmp_path / "2") == pytest.approx(alone, rel=1e-5)
+    assert losses(tmp_path / "sharded") == pytest.approx(alone, rel=1e-5)
     longer_than_nine = sum(len(sequence) > 9 for sequence in chain_sequences(100, NUM_ITEMS))
-    for workers in (1, 2):
-        assert [record["users"] for record in records(tmp_path / str(workers), "validation")] == [longer_than_nine] * 2
+    for run in runs:
+        assert [record["users"] for record in records(tmp_path / run, "validation")] == [longer_than_nine] * 2
     # context before the targets is no padding: a window of 8 positions with 3 targets is full
-    assert all(1 <= record["padded_per_real"] < 1.3 for record in records(tmp_path / "1", "train"))
+    assert all(1 <= record["padded_per_real"] < 1.3 for record in records(tmp_path / "alone", "train"))
 
 
 def probabilities_of(config: Config) -> list[float]:
