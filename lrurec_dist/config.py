@@ -148,8 +148,15 @@ class EvaluateConfig:
     ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50])
     exclude_history: bool = True  # the paper's protocol: items in the history are no candidates
     batch_size: int = 256  # users ranked together
+    bootstrap: int = 1000  # replicates over users, from which 95 % intervals come; 0: no intervals
+    list_k: int = 10  # length of the lists whose coverage, popularity and novelty are measured; 0: none, nor calibration
+    both_splits: bool = True  # a log with times is evaluated by the other kind of split too
+    model: str = ""  # checkpoint or bundle to evaluate; empty: the run's best checkpoint
+    previous: str = ""  # run directory to compare with on the users of both; empty: that of train.warm_start; none: none
 
     def __post_init__(self) -> None:
+        for name in ("bootstrap", "list_k"):
+            require(getattr(self, name) >= 0, f"evaluate.{name}", getattr(self, name), "cannot be negative; 0 makes none")
         require(bool(self.ks) and min(self.ks) >= 1, "evaluate.ks", self.ks, "needs at least one k, each at least 1")
         require(10 in self.ks, "evaluate.ks", self.ks, "has to contain 10: recall@10 chooses the checkpoint")
         require(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "needs at least 1")

@@ -22,6 +22,11 @@ MAY_CHANGE = (
     "batch.feed",
     "bundle.",
     "model.table",
+    "evaluate.bootstrap",
+    "evaluate.list_k",
+    "evaluate.both_splits",
+    "evaluate.model",
+    "evaluate.previous",
     "train.workers",
     "train.device",
     "train.cpus_per_worker",
@@ -70,6 +75,11 @@ def with_absolute_paths(config: Config) -> Config:
             config.train,
             warm_start=resolved(config.train.warm_start),
             new_item_vectors=resolved(config.train.new_item_vectors),
+        ),
+        evaluate=dataclasses.replace(
+            config.evaluate,
+            model=resolved(config.evaluate.model),
+            previous=config.evaluate.previous if config.evaluate.previous == "none" else resolved(config.evaluate.previous),
         ),
         bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
     )

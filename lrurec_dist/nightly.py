@@ -3,7 +3,6 @@
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 import ray
@@ -11,32 +10,27 @@ import torch
 
 from lrurec_dist import __version__, storage
 from lrurec_dist.config import Config
-from lrurec_dist.config_file import shaping_settings, to_dict
+from lrurec_dist.config_file import shaping_settings
 from lrurec_dist.data.batches import pad_left, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.data.splits import resolve_split
-from lrurec_dist.errors import BundleError, ConfigError, DataNotReadyError, LrurecError, StoppedError
-from lrurec_dist.evaluate.evaluation import RankingProtocol, evaluate_dataset
+from lrurec_dist.errors import BundleError, ConfigError, LrurecError, StoppedError
 from lrurec_dist.evaluate.ranking import top_k
 from lrurec_dist.ray_session import RaySession
 from lrurec_dist.reporting import (
-    METRICS,
-    MetricsFile,
     Status,
     end_progress,
     format_duration,
-    metrics_table,
-    progress_of,
     say,
 )
 from lrurec_dist.run_directory import open_run, run_command
 from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
 from lrurec_dist.serve.recommender import Recommender
 from lrurec_dist.signals import interrupt, on_sigterm
-from lrurec_dist.stage_prepare import audit, prepare
-from lrurec_dist.train.checkpoint import load_model, model_loader, read_checkpoint_manifest
+from lrurec_dist.stage_evaluate import best_checkpoint, evaluate
+from lrurec_dist.stage_prepare import audit, open_dataset, prepare
+from lrurec_dist.train.checkpoint import load_model, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import find_checkpoint
-from lrurec_dist.train.launch import launch_training, use_cuda
+from lrurec_dist.train.launch import launch_training
 from lrurec_dist.train.order import data_order
 
 Stage = Literal["prepare", "train", "evaluate", "bundle"]
@@ -76,7 +70,7 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
 
 
 def _train(config: Config, status: Status, session: RaySession) -> None:
-    dataset = _open_dataset(config)
+    dataset = open_dataset(config.dataset_url)
     budget = {name: getattr(config.train, name) for name in ("max_steps", "max_minutes", "patience")}
     inputs = storage.fingerprint({"dataset": dataset.identity, **shaping_settings(config), **budget})
     done = status.committed("train", inputs)
@@ -97,87 +91,13 @@ def _train(config: Config, status: Status, session: RaySession) -> None:
     status.commit("train", inputs, {"best": best, "split": audited.counts})
 
 
-def _open_dataset(config: Config) -> SequenceDataset:
-    if not storage.is_committed(config.dataset_url):
-        raise DataNotReadyError(f"dataset {config.dataset_url} does not exist; run jobs/prepare.py first")
-    return SequenceDataset(config.dataset_url)
-
-
-def _best_checkpoint(config: Config, dataset: SequenceDataset) -> tuple[str, dict[str, Any]]:
-    best = find_checkpoint(config.run_dir, "best")
-    if best is None:
-        raise DataNotReadyError(f"{config.run_dir} has no checkpoint; run jobs/train.py first")
-    manifest = read_checkpoint_manifest(best)
-    if manifest["catalogue_fingerprint"] != dataset.manifest["catalogue_fingerprint"]:
-        raise ConfigError(
-            f"{best} was trained on catalogue {manifest['catalogue_fingerprint']}, {dataset.url} has {dataset.manifest['catalogue_fingerprint']}"
-        )
-    return best, manifest
-
-
-def _evaluate(config: Config, status: Status, session: RaySession) -> None:
-    dataset = _open_dataset(config)
-    best, manifest = _best_checkpoint(config, dataset)
-    options = config.evaluate
-    inputs = storage.fingerprint(
-        {
-            "dataset": dataset.identity,
-            "checkpoint": manifest["files"],
-            "evaluate": to_dict(config)["evaluate"],
-            "split": to_dict(config)["split"],
-            "max_length": config.batch.max_length,
-        }
-    )
-    outputs = status.committed("evaluate", inputs)
-    if outputs:
-        say(f"evaluate: skipped, {best} was evaluated on these inputs")
-    else:
-        split = resolve_split(dataset, **asdict(config.split))
-        protocol = RankingProtocol(
-            split=split,
-            part="test",
-            max_length=config.batch.max_length,
-            batch_size=options.batch_size,
-            exclude_history=options.exclude_history,
-            deepest=max(options.ks),
-        )
-        session.connect()
-        cuda = use_cuda(config.train.device)
-        evaluation = evaluate_dataset(
-            config.dataset_url,
-            model_loader(best, "cuda" if cuda else "cpu"),
-            protocol,
-            workers=config.train.workers,
-            cpus_per_worker=config.train.cpus_per_worker,
-            gpus_per_worker=1 if cuda else 0,
-            progress=progress_of("evaluate"),
-        )
-        outputs = {
-            "users": evaluation.users,
-            "unseen_targets": evaluation.unseen_targets,
-            "new_users": evaluation.new_users,
-            "without_history": evaluation.without_history,
-            "split": asdict(split),
-            "step": manifest["progress"]["step"],
-            "model": evaluation.model.metrics(options.ks),
-            "popularity": evaluation.popularity.metrics(options.ks),
-        }
-        MetricsFile(storage.join(config.run_dir, METRICS)).write("test", **outputs)
-        status.commit("evaluate", inputs, outputs)
-    history = "excluded from" if options.exclude_history else "among"
-    say(
-        f"evaluate: test, {outputs['users']:,} users, {dataset.num_items:,} items, history {history} the candidates; "
-        f"{outputs['unseen_targets']:,} targets never occur in the training part"
-    )
-    if config.split.kind == "global_time":
-        new, left_out = outputs["new_users"], outputs["without_history"]
-        say(f"evaluate: {new:,} of these users have no training part; {left_out:,} more have no history and are left out")
-    say(metrics_table({f"LRURec, step {outputs['step']:,}": outputs["model"], "popularity": outputs["popularity"]}, options.ks))
-
-
 def _bundle(config: Config, status: Status, _: RaySession) -> None:
-    dataset = _open_dataset(config)
-    best, manifest = _best_checkpoint(config, dataset)
+    if config.evaluate.model:
+        raise ConfigError(
+            f"evaluate.model={config.evaluate.model}: a bundle of this run's model would have that one's figures; use jobs/evaluate.py"
+        )
+    dataset, best = open_dataset(config.dataset_url), best_checkpoint(config)
+    manifest = read_checkpoint_manifest(best)
     evaluation = status.stages["evaluate"]["outputs"]
     model = load_model(best)
     largest = max(float(layer.decay().abs().max()) for layer, _ in model.layers())
@@ -243,4 +163,4 @@ def _golden_answers(dataset: SequenceDataset, model: Any, config: Config) -> Gol
     return GoldenAnswers([dataset.catalogue.keys_of(history) for history in histories], best, scores)
 
 
-_STAGES = {"prepare": prepare, "train": _train, "evaluate": _evaluate, "bundle": _bundle}
+_STAGES = {"prepare": prepare, "train": _train, "evaluate": evaluate, "bundle": _bundle}

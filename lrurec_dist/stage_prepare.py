@@ -14,6 +14,7 @@ from lrurec_dist.data.prepare import PrepareOptions, prepare_dataset
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.splits import Split, describe_split, resolve_split
 from lrurec_dist.data.synthetic import write_synthetic_log
+from lrurec_dist.errors import DataNotReadyError
 from lrurec_dist.ray_session import RaySession
 from lrurec_dist.reporting import Status, format_table, progress_of, say
 
@@ -127,6 +128,17 @@ def audit(dataset: SequenceDataset, split: Split, stage: str, session: RaySessio
     names = sorted(found.counts, key=lambda name: (about.index(name.split("_")[0]), name))
     say(format_table(["split", "count"], [[name.replace("_", " "), found.counts[name]] for name in names]))
     return found
+
+
+def open_dataset(url: str) -> SequenceDataset:
+    """The dataset that an earlier preparation left.
+
+    Raises:
+        DataNotReadyError: there is none.
+    """
+    if not storage.is_committed(url):
+        raise DataNotReadyError(f"dataset {url} does not exist; run jobs/prepare.py first")
+    return SequenceDataset(url)
 
 
 def _moment(stored: int, unit: str) -> str:

@@ -37,7 +37,10 @@ MAY_IMPORT = {
     "serve": {"evaluate", "data", "model"},
     "ray_session": {"train", "data"},
     "stage_prepare": {"ray_session", "data"},
-    "nightly": {"ray_session", "stage_prepare", "serve", "train", "evaluate", "data", "model"},
+    "report": set(),
+    "run_report": {"report", "data", "model"},
+    "stage_evaluate": {"ray_session", "stage_prepare", "run_report", "serve", "train", "evaluate", "data", "model"},
+    "nightly": {"ray_session", "stage_prepare", "stage_evaluate", "serve", "train", "evaluate", "data", "model"},
 }
 
 # Third-party packages that only these modules (or whole layers) may import.
@@ -45,7 +48,8 @@ ONLY_IN = {
     "ray": {
         "data",
         *(f"train/{name}.py" for name in ("launch", "attempts", "failures", "heartbeats", "placing")),
-        "evaluate/evaluation.py",
+        "evaluate/dataset_evaluation.py",
+        "evaluate/neighbours.py",
         "ray_session.py",
         "nightly.py",
     },

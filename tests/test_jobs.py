@@ -71,11 +71,16 @@ def test_the_main_job_ends_with_metrics_bundle_and_recommendations(
     assert re.findall(r"^(\w+): split leave_last_out; (audited.*), nothing", job.stdout, re.M) == [
         ("prepare", "audited"),
         ("train", "audited before"),
+        ("evaluate", "audited before"),
     ]
     tables = re.findall(r"^split .*?^test without history +0$", job.stdout, re.M | re.S)
-    assert len(tables) == 2
-    assert tables[0] == tables[1]
-    assert [path.suffix for path in (run / "dataset" / "audits").iterdir()] == [".json"]
+    assert len(tables) == 4
+    assert tables[0] == tables[1] == tables[2], "the last one is of the other split"
+    assert [path.suffix for path in (run / "dataset" / "audits").iterdir()] == [".json", ".json"]
+    assert [path.name for path in sorted((run / "evaluation").iterdir())] == ["global_time", "leave_last_out"]
+    assert re.search(r"^recall@10  markov +0\.\d+ +0\.\d+ +0\.\d+ +-?0\.\d+ .* (yes|no)$", job.stdout, re.M)
+    assert re.search(rf"^evaluate: {run}/report.html$", job.stdout, re.M)
+    assert "LRURec, step" in (run / "report.html").read_text()
 
 
 def test_the_trained_model_beats_popularity_clearly(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

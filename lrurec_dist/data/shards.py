@@ -47,17 +47,20 @@ class MergeRules:
 
 
 def shard_of(keys: pa.Array | pa.ChunkedArray, shards: int) -> np.ndarray:
-    """int32 shard of each user: a hash of the key that no library version changes, modulo shards."""
+    """int32 shard of each user: the hash of the key, modulo shards."""
+    return (hash_keys(keys) % np.uint64(shards)).astype(np.int32)
+
+
+def hash_keys(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """uint64 hash of each user key that no library version changes."""
     keys = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
     if pa.types.is_integer(keys.type):
-        hashes = _mixed(keys.to_numpy().astype(np.int64).view(np.uint64))
-        return (hashes % np.uint64(shards)).astype(np.int32)
+        return mixed(keys.to_numpy().astype(np.int64).view(np.uint64))
     encoded = keys.dictionary_encode()
-    hashes = _hash_text(encoded.dictionary.cast(pa.large_string()))
-    return (hashes % np.uint64(shards)).astype(np.int32)[encoded.indices.to_numpy()]
+    return _hash_text(encoded.dictionary.cast(pa.large_string()))[encoded.indices.to_numpy()]
 
 
-def _mixed(value: np.ndarray) -> np.ndarray:
+def mixed(value: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
     value = value + _MULTIPLIER
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -75,13 +78,13 @@ def _hash_text(keys: pa.Array) -> np.ndarray:
     text = np.frombuffer(data, dtype=np.uint8) if data is not None else np.empty(0, np.uint8)
     text = np.concatenate([text, np.zeros(8, np.uint8)])  # the last word of the last string
     length = np.diff(edges)
-    hashes = _mixed(length.astype(np.uint64))
+    hashes = mixed(length.astype(np.uint64))
     with np.errstate(over="ignore"):
         for begin in range(0, int(length.max()), 8):
             left = np.flatnonzero(length > begin)
             words = np.lib.stride_tricks.sliding_window_view(text, 8)[edges[left] + begin].view("<u8")[:, 0]
             unused = np.maximum(8 - (length[left] - begin), 0).astype(np.uint64)
-            hashes[left] = _mixed(hashes[left] ^ ((words << (unused * np.uint64(8))) if unused.any() else words))
+            hashes[left] = mixed(hashes[left] ^ ((words << (unused * np.uint64(8))) if unused.any() else words))
     return hashes
 
 

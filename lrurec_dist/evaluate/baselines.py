@@ -1,9 +1,14 @@
-"""Models every evaluation is printed beside; they pass through the same ranking as LRURec."""
+"""Models every evaluation is printed beside, made of the training part alone and ranked by the same rule as LRURec."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data.splits import Split
 from lrurec_dist.model.item_table import ItemTable
+
+RECENT_SHARE = 0.1  # of the time range up to the end of training
 
 
 class Popularity(nn.Module):
@@ -29,3 +34,16 @@ class Popularity(nn.Module):
     def encode(self, item_ids: Tensor) -> Tensor:
         """(batch, 1) ones: whoever asks gets the same scores."""
         return torch.ones(len(item_ids), 1, dtype=torch.float64, device=item_ids.device)
+
+
+def recent_since(dataset: SequenceDataset, split: Split) -> int | None:
+    """The moment from which training interactions are recent; None for a log of positions, which has no common time.
+
+    Recent is the last tenth of the time range up to the end of training, where leave-last-out takes
+    the end of the dataset's range.
+    """
+    if dataset.manifest["time_unit"] == "position":
+        return None
+    first, last = dataset.manifest["time_range"]
+    end = split.train_until if split.kind == "global_time" else last + 1
+    return int(end - np.ceil(RECENT_SHARE * (end - first)))

@@ -3,8 +3,31 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+MEAN_RANK = "mean_rank"
+
+
+def metric_values(ranks: np.ndarray, ks: Sequence[int], num_items: int) -> dict[str, np.ndarray]:
+    """What each user adds to the mean that a metric is: recall@k, ndcg@k, mrr@k for each k, and mean_rank.
+
+    Args:
+        ranks: (users,) int64 target ranks; num_items + 1 stands for a target that is no candidate.
+        ks: cut-offs; one beyond the catalogue is the catalogue.
+        num_items: size of the catalogue.
+
+    Returns:
+        (users,) float64 each. With one target per user, recall@k is 1 for a target at rank k or
+        better, ndcg@k 1 / log2(rank + 1) and mrr@k 1 / rank for such a target; else they are 0.
+    """
+    gain, reciprocal = 1 / np.log2(ranks + 1.0), 1 / ranks
+    values: dict[str, np.ndarray] = {}
+    for k in ks:
+        hit = ranks <= min(k, num_items)
+        values |= {f"recall@{k}": hit.astype(float), f"ndcg@{k}": gain * hit, f"mrr@{k}": reciprocal * hit}
+    return {**values, MEAN_RANK: ranks.astype(float)}
 
 
 class RankCounts:
@@ -29,21 +52,10 @@ class RankCounts:
         return int(self.counts[0])
 
     def metrics(self, ks: Sequence[int]) -> dict[str, float]:
-        """recall@k, ndcg@k and mrr@k for each k; zero without users.
-
-        With one target per user, recall@k is the share of targets at rank k or better, ndcg@k the
-        mean of 1 / log2(rank + 1) over those and mrr@k the mean of 1 / rank over those.
-        """
-        hits = self.counts[1:-1].tolist()
+        """recall@k, ndcg@k and mrr@k for each k, as `metric_values` defines them; zero without users."""
+        hits = self.counts[1:-1].numpy()
         if max(ks) > len(hits):
             raise ValueError(f"k={max(ks)} exceeds the deepest counted rank {len(hits)}")
-        values: dict[str, float] = {}
-        for k in ks:
-            ranked = list(enumerate(hits[:k], start=1))
-            sums = {
-                "recall": float(sum(count for _, count in ranked)),
-                "ndcg": math.fsum(count / math.log2(rank + 1) for rank, count in ranked),
-                "mrr": math.fsum(count / rank for rank, count in ranked),
-            }
-            values |= {f"{name}@{k}": value / max(1, self.users) for name, value in sums.items()}
-        return values
+        values = metric_values(np.arange(1, len(hits) + 1), ks, num_items=len(hits))
+        del values[MEAN_RANK]  # of those beyond the deepest rank nothing is known
+        return {name: math.fsum(hits * of_rank) / max(1, self.users) for name, of_rank in values.items()}
