@@ -174,6 +174,20 @@ class BundleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecommendConfig:
+    """Lists for the users of the dataset, written by jobs/recommend.py."""
+
+    bundle: str = ""  # empty: the run's
+    dir: str = ""  # empty: <run_dir>/recommendations
+    users: str = ""  # file of user keys, one a line; empty: all users
+    k: int = 100  # items a list
+    exclude_history: bool = True  # items of the full history are not recommended
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, "recommend.k", self.k, "needs at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run, from log to bundle."""
 
@@ -189,6 +203,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     bundle: BundleConfig = field(default_factory=BundleConfig)
+    recommend: RecommendConfig = field(default_factory=RecommendConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir", repr(self.run_dir), "needs a directory or URL")
@@ -242,3 +257,8 @@ class Config:
     def registry_url(self) -> str:
         """Where bundles are published."""
         return self.bundle.registry or storage.join(self.run_dir, "registry")
+
+    @property
+    def recommendations_url(self) -> str:
+        """Where lists are written."""
+        return self.recommend.dir or storage.join(self.run_dir, "recommendations")

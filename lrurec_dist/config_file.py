@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "evaluate.both_splits",
     "evaluate.model",
     "evaluate.previous",
+    "recommend.",
     "train.workers",
     "train.device",
     "train.cpus_per_worker",
@@ -82,6 +83,12 @@ def with_absolute_paths(config: Config) -> Config:
             previous=config.evaluate.previous if config.evaluate.previous == "none" else resolved(config.evaluate.previous),
         ),
         bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
+        recommend=dataclasses.replace(
+            config.recommend,
+            bundle=resolved(config.recommend.bundle),
+            dir=resolved(config.recommend.dir),
+            users=resolved(config.recommend.users),
+        ),
     )
 
 

@@ -28,12 +28,13 @@ from lrurec_dist.serve.recommender import Recommender
 from lrurec_dist.signals import interrupt, on_sigterm
 from lrurec_dist.stage_evaluate import best_checkpoint, evaluate
 from lrurec_dist.stage_prepare import audit, open_dataset, prepare
+from lrurec_dist.stage_recommend import recommend
 from lrurec_dist.train.checkpoint import load_model, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import find_checkpoint
 from lrurec_dist.train.launch import launch_training
 from lrurec_dist.train.order import data_order
 
-Stage = Literal["prepare", "train", "evaluate", "bundle"]
+Stage = Literal["prepare", "train", "evaluate", "bundle", "recommend"]
 
 
 def run_job(arguments: Sequence[str], *, stages: Sequence[Stage], description: str, default_config: str) -> int:
@@ -163,4 +164,4 @@ def _golden_answers(dataset: SequenceDataset, model: Any, config: Config) -> Gol
     return GoldenAnswers([dataset.catalogue.keys_of(history) for history in histories], best, scores)
 
 
-_STAGES = {"prepare": prepare, "train": _train, "evaluate": evaluate, "bundle": _bundle}
+_STAGES = {"prepare": prepare, "train": _train, "evaluate": evaluate, "bundle": _bundle, "recommend": recommend}

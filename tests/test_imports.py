@@ -40,7 +40,18 @@ MAY_IMPORT = {
     "report": set(),
     "run_report": {"report", "data", "model"},
     "stage_evaluate": {"ray_session", "stage_prepare", "run_report", "serve", "train", "evaluate", "data", "model"},
-    "nightly": {"ray_session", "stage_prepare", "stage_evaluate", "serve", "train", "evaluate", "data", "model"},
+    "stage_recommend": {"ray_session", "serve", "data"},
+    "nightly": {
+        "ray_session",
+        "stage_prepare",
+        "stage_evaluate",
+        "stage_recommend",
+        "serve",
+        "train",
+        "evaluate",
+        "data",
+        "model",
+    },
 }
 
 # Third-party packages that only these modules (or whole layers) may import.

@@ -155,7 +155,9 @@ def test_a_store_that_fails_in_two_attempts_and_then_works(bucket: str, s3: S3Se
     said = [record["text"] for record in metrics.read() if record.get("text", "").startswith("attempt")]
     assert len(said) == 2
     for text in said:
-        assert re.search(r"rank 0: .*step_000040.*could not write in 5 attempts.*go on from step 20, \d+ steps are repeated", text)
+        assert re.search(
+            r"rank 0: .*step_000040.*could not write in 5 attempts.*go on from step 20, \d+ steps are repeated", text
+        )
     undisturbed = MetricsFile(f"{bucket}/undisturbed/{METRICS}").read()
     ends = [
         {record["step"]: record["loss"] for record in run if record["kind"] == "train"} for run in (undisturbed, metrics.read())

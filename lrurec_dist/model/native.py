@@ -15,13 +15,15 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "ranking.c"))
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-std=c11")
 _PER_THREAD = 1 << 15  # elements that pay for one more thread
+_USERS_OF_A_TASK = 128  # TILE in ranking.c
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +43,7 @@ def load() -> ctypes.CDLL | None:
 def _compiled(compiler: str) -> Path:
     processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     flags = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
-    identity = "\n".join([_SOURCE.read_text(), compiler, *_FLAGS, platform.machine(), *flags])
+    identity = "\n".join([*(source.read_text() for source in _SOURCES), compiler, *_FLAGS, platform.machine(), *flags])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrurec_dist"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     library = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
@@ -49,7 +51,8 @@ def _compiled(compiler: str) -> Path:
         handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
         try:
-            subprocess.run([compiler, *_FLAGS, "-o", unfinished, str(_SOURCE)], check=True, capture_output=True, timeout=120)  # noqa: S603
+            command = [compiler, *_FLAGS, "-o", unfinished, *map(str, _SOURCES)]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)  # noqa: S603
             os.replace(unfinished, library)
         finally:
             Path(unfinished).unlink(missing_ok=True)
@@ -109,6 +112,65 @@ def dropout_backward(x: Tensor, grad: Tensor, seed: int, probability: float, *, 
 def _mask(seed: int, probability: float) -> tuple[ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_float]:
     dropped = min(round(probability * 2**32), 2**32 - 1)
     return ctypes.c_uint32(seed), ctypes.c_uint32(seed >> 32), ctypes.c_uint32(dropped), ctypes.c_float(1 / (1 - probability))
+
+
+class Ranking(NamedTuple):
+    """Rows of an item table in the order of their ids, from row `begin` on, and the users they are ranked for.
+
+    Contiguous: vectors (users, dim) and bias (rows,) float32, weight (rows, dim) float32 or bfloat16. A score is summed
+    in the order of dimensions, and does not depend on what other rows and users there are, nor on the number of threads.
+    """
+
+    vectors: Tensor
+    weight: Tensor
+    bias: Tensor
+    begin: int
+
+    def score_pairs(self, users: Tensor, rows: Tensor) -> Tensor:
+        """(pairs,) float32: scores of rows[p] for users[p], both int64."""
+        scores = self.bias.new_empty(len(users))
+        dim, narrow = self.weight.shape[1], self.weight.dtype == torch.bfloat16
+        _call("score_pairs", None, len(users), dim, _threads(len(users) * dim), narrow, users, rows, *self[:3], scores)
+        return scores
+
+    def count_ahead(self, targets: Tensor, tied_until: Tensor) -> Tensor:
+        """(users,) int64: rows that score above targets[user], or equal and lie before row tied_until[user]."""
+        parts = -(-4 * self._threads() // self._tiles())  # several tasks a thread: none waits long for the last
+        ahead = tied_until.new_empty(parts, len(self.vectors))
+        self._rank("count_ahead", parts, targets, tied_until, ahead)
+        return ahead.sum(0)
+
+    def best_rows(self, k: int, offsets: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+        """The k best rows of each user by (-score, row): (users, k) int64, -1 where there are fewer, and their scores.
+
+        No rows are user u's excluded[offsets[u] : offsets[u + 1]]; offsets (users + 1,) int64, excluded int32.
+        """
+        parts = -(-self._threads() // self._tiles())
+        room = k + max(k, 24)  # a list is cut to k when it is full
+        lists = offsets.new_empty(parts, len(self.vectors), room)
+        self._rank("best_rows", parts, k, room, offsets, excluded, lists)
+        keys = (
+            lists[0, :, :k] if parts == 1 else lists[:, :, :k].transpose(0, 1).flatten(1).sort(1, descending=True).values[:, :k]
+        )
+        bits = keys >> 32
+        scores = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
+        present = keys != torch.iinfo(torch.int64).min
+        return torch.where(present, ~keys & 0xFFFFFFFF, -1), torch.where(present, scores, -torch.inf)
+
+    def _tiles(self) -> int:
+        return max(1, -(-len(self.vectors) // _USERS_OF_A_TASK))
+
+    def _threads(self) -> int:
+        return _threads(len(self.vectors) * len(self.weight)).value
+
+    def _rank(self, name: str, parts: int, *arguments: object) -> None:
+        users, (rows, dim) = len(self.vectors), self.weight.shape
+        threads, narrow = self._threads(), self.weight.dtype == torch.bfloat16
+        chunk = max(96, 2**15 // dim)  # rows of 128 KB
+        packed = self.bias.new_empty(-(-users // 32) * 32 * dim)
+        wide = self.bias.new_empty(threads * chunk * dim) if narrow else None
+        _call(name, None, users, self.begin, rows, dim, chunk, parts, ctypes.c_int(threads), narrow, *self[:3],
+              packed, wide, *arguments)  # fmt: skip
 
 
 def _threads(elements: int) -> ctypes.c_int:
