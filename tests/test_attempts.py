@@ -23,6 +23,7 @@ from lrurec_dist.train.presence import Agreement, Presence
 from tests.clusters import training_workers, wait_for
 from tests.datasets import chain_sequences, write_dataset
 from tests.processes import run_ranks
+from tests.trainings import train_in_turn
 
 pytestmark = pytest.mark.timeout(900)  # several trainings each, on a machine that others may use too
 NUM_ITEMS = 25
@@ -75,13 +76,13 @@ def dataset_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, dataset_url: str, ray_session: None) -> Path:  # noqa: ARG001
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, dataset_url: str) -> Path:
     run = tmp_path_factory.mktemp("undisturbed")
-    launch_training(configure(run, dataset_url))
-    assert "attempt" not in notes(run)
+    run_ranks(2, train_in_turn, [configure(run, dataset_url)])
     return run
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
     tmp_path: Path, dataset_url: str, undisturbed: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_e
     assert said[0].endswith(" steps are repeated")
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, dataset_url: str, undisturbed: Path) -> None:
     config = configure(tmp_path, dataset_url)
     acting = when(lambda: reached(tmp_path, 20), lambda: os.kill(os.getpid(), signal.SIGTERM))
