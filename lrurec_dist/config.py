@@ -92,7 +92,9 @@ class TrainConfig:
     wait_for_workers_s: float = 300.0  # how long to wait for all of train.workers, before each attempt
     collective_timeout_s: float = 600.0  # a rank that others wait for so long, or that is silent so long, is hung
     max_skipped_steps: int = 0  # updates without a finite gradient that are left out before training stops
-    track: list[str] = field(default_factory=list)  # besides metrics.jsonl: tensorboard, mlflow, wandb
+    track: list[str] = field(
+        default_factory=list
+    )  # besides metrics.jsonl: tensorboard, mlflow, wandb; ray, its metrics export, is always there under Ray
 
     def __post_init__(self) -> None:
         counts = ("workers", "accumulation", "max_steps", "report_every", "validate_every", "patience", "keep_checkpoints")
@@ -130,8 +132,8 @@ class TrainConfig:
             self.final_learning_rate_share,
             "is a share, from 0 to 1",
         )
-        unknown = sorted(set(self.track) - {"tensorboard", "mlflow", "wandb"})
-        require(not unknown, "train.track", self.track, f"{', '.join(unknown)} is none of tensorboard, mlflow, wandb")
+        unknown = sorted(set(self.track) - {"tensorboard", "mlflow", "wandb", "ray"})
+        require(not unknown, "train.track", self.track, f"{', '.join(unknown)} is none of tensorboard, mlflow, wandb, ray")
         require(
             self.validate_every <= self.max_steps,
             "train.validate_every",

@@ -58,7 +58,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "ray": {
         "data",
-        *(f"train/{name}.py" for name in ("launch", "attempts", "failures", "heartbeats", "placing")),
+        *(f"train/{name}.py" for name in ("launch", "attempts", "failures", "heartbeats", "placing", "trackers")),
         "evaluate/dataset_evaluation.py",
         "evaluate/neighbours.py",
         "ray_session.py",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lrurec_dist import storage
@@ -108,6 +109,21 @@ def test_a_hung_rank_is_named_and_replaced(tmp_path: Path, dataset_url: str, two
         rf"attempt 2: rank \d on node \S+ \(process {stopped[0].pid}\) hung after step 2\d\d, .*silent for \d+ s", said
     ), said
     assert not stopped[0].is_running(), "nothing is left of it"
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_worker_without_memory_is_replaced(tmp_path: Path, dataset_url: str, two: Cluster, undisturbed: Path) -> None:
+    def starve() -> None:
+        worker = training_workers(two.nodes[-1].pid)[0]
+        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms, psutil.RLIM_INFINITY))  # not a page more from now on
+
+    acting = when(lambda: reached(tmp_path, 220), starve)
+    launch_training(settings(tmp_path, dataset_url))
+    acting.join()
+    said = attempts(tmp_path)[0]
+    assert re.search(
+        r"attempt 2: rank \d on node \S+ (died for lack of memory|died \(killed from outside).*go on from step", said
+    ), said
     assert_as_undisturbed(tmp_path, undisturbed)
 
 

@@ -106,6 +106,7 @@ def _worker_entry(arguments: dict[str, Any]) -> str:
     from lrurec_dist.train.loop import train  # DeepSpeed is a worker's business, not the driver's
 
     config = from_dict(arguments["config"])
+    config = replace(config, train=replace(config.train, track=sorted({*config.train.track, "ray"})))
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if arguments["cuda"]:
         device = ray.train.torch.get_device()

@@ -1,5 +1,6 @@
 """Trackers of experiments, chosen by name: what `metrics.jsonl` holds, where people look at curves."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ class Trackers:
 
     Args:
         run_url: TensorBoard's event files lie below it, in `tensorboard`; the others call the run by it.
-        names: of `tensorboard`, `mlflow`, `wandb`; where the latter two keep runs, their own environment variables say.
+        names: of `tensorboard`, `mlflow`, `wandb`, `ray`; where the middle two keep runs, their own environment variables
+            say, and `ray` is the cluster's metrics export, from which Prometheus reads `ray_lrurec_<kind>_<name>`.
         settings: the run's configuration, for those that keep one.
 
     Raises:
@@ -85,8 +87,25 @@ def _wandb(run_url: str, settings: Mapping[str, Any]) -> tuple[_Scalars, Callabl
     return lambda numbers, step: run.log(numbers, step=step), run.finish
 
 
+def _ray(run_url: str, _: Mapping[str, Any]) -> tuple[_Scalars, Callable[[], object]]:
+    from ray.util.metrics import Gauge
+
+    gauges: dict[str, Gauge] = {}
+
+    def write(numbers: dict[str, float], step: int) -> None:
+        for name, value in {**numbers, "step": step}.items():
+            known = gauges.get(name)
+            if known is None:
+                metric = "lrurec_" + re.sub(r"\W", "_", name.replace("@", "_at_"))
+                known = gauges[name] = Gauge(metric, description=f"{name} of a training run", tag_keys=("run",))
+            known.set(value, tags={"run": run_url})
+
+    return write, gauges.clear
+
+
 _OPEN: dict[str, Callable[[str, Mapping[str, Any]], tuple[_Scalars, Callable[[], object]]]] = {
     "tensorboard": _tensorboard,
     "mlflow": _mlflow,
     "wandb": _wandb,
+    "ray": _ray,
 }
