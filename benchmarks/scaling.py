@@ -73,6 +73,7 @@ class Counter:
 
     def __init__(self) -> None:
         self.sent: dict[str, float] = {}
+        self._within = False  # some of these functions call others of them
         one = lambda others, ranks, tensor: 2 * tensor.nbytes * others / ranks  # noqa: E731
         self._wrap("all_reduce", one)
         self._wrap("all_to_all_single", lambda others, ranks, _, rows, *sizes: self._away(rows, others, ranks, *sizes))
@@ -94,10 +95,16 @@ class Counter:
             return
 
         def counted(*args: Any, **kwargs: Any) -> Any:
+            if self._within:
+                return plain(*args, **kwargs)
             ranks = dist.get_world_size()
             given = [*args, *(value for value in kwargs.values() if isinstance(value, torch.Tensor | list))]
             self.sent[name] = self.sent.get(name, 0.0) + size(ranks - 1, ranks, *given[: 4 if name == "all_to_all_single" else 2])
-            return plain(*args, **kwargs)
+            self._within = True
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self._within = False
 
         setattr(dist, name, counted)
         for module in (dist.distributed_c10d,):
@@ -210,6 +217,7 @@ def main() -> None:
             config = load_config(path, overrides)
             items, targets = SequenceDataset(config.dataset_url).num_items, round(found["targets"] / ranks)
             shape_of = {"items": items, "dim": config.model.dim, "blocks": config.model.blocks, "sharded": mode == "sharded"}
+            shape_of["zero_stage"] = config.train.zero_stage
             work = Work(positions=round(found["ids"]), targets=targets, ranks=ranks, **shape_of)
             stall = stall_ms(run_dir)
             sent, expected = sum(found["sent"].values()), traffic(work)
