@@ -231,6 +231,9 @@ class Engine:
     def _whole_tensors(self, kinds: Iterable[str | None]) -> Iterator[tuple[str, Tensor]]:
         """Parameters for None, else moments of that name; none of them to be written to."""
         for moment in kinds:
+            if moment and self._zero_stage in (1, 2):
+                yield from self._gathered(moment)
+                continue
             for name, parameter in self._named:
                 if moment is None:
                     yield name, (safe_get_full_fp32_param(parameter) if self._zero_stage == 3 else parameter).detach()
@@ -238,6 +241,19 @@ class Engine:
                     yield f"{moment}/{name}", self._inner.state[parameter][moment]
                 else:
                     yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment)
+
+    def _gathered(self, moment: str) -> Iterator[tuple[str, Tensor]]:
+        """Moments of stages 1 and 2: the flat parts of a group, gathered at once; DeepSpeed would add up a whole tensor for each."""
+        optimizer, names = self._engine.optimizer, {parameter: name for name, parameter in self._named}
+        groups = zip(
+            optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, self._flat_partitions(), strict=True
+        )
+        for parameters, offsets, partition in groups:
+            mine = self._inner.state[partition][moment].to(self._device)
+            flat = collectives.all_gather_rows(mine, [mine.numel()] * collectives.world_size())
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                whole = flat.narrow(0, offset, parameter.numel()).view(parameter.shape)
+                yield f"{moment}/{names[parameter]}", whole
 
     def _set_whole(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
         if self._zero_stage == 3:
