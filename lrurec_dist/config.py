@@ -1,6 +1,7 @@
-"""Every setting: frozen dataclasses that check their values; those of the data plane are in `config_data.py`.
+"""Every setting: frozen dataclasses that check their values.
 
-`config_file.py` reads and writes them. Defaults are the paper's where the paper has one (arXiv 2310.02367). A number is stated once; what
+Those of the data plane are in `config_data.py`, those of the handoff in `config_serving.py`; `config_file.py` reads and
+writes all of them. Defaults are the paper's where the paper has one (arXiv 2310.02367). A number is stated once; what
 follows from others (DeepSpeed's JSON, directories) is derived where it is used.
 """
 
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from lrurec_dist import storage
 from lrurec_dist.config_data import BatchConfig, DatasetConfig, LogConfig, SplitConfig, SyntheticConfig, require
+from lrurec_dist.config_serving import BundleConfig, RecommendConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,31 +164,6 @@ class EvaluateConfig:
         require(bool(self.ks) and min(self.ks) >= 1, "evaluate.ks", self.ks, "needs at least one k, each at least 1")
         require(10 in self.ks, "evaluate.ks", self.ks, "has to contain 10: recall@10 chooses the checkpoint")
         require(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "needs at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BundleConfig:
-    """The artefact that goes to serving."""
-
-    registry: str = ""  # empty: <run_dir>/registry
-    golden_requests: int = 32  # histories whose answers travel with the bundle
-
-    def __post_init__(self) -> None:
-        require(self.golden_requests >= 1, "bundle.golden_requests", self.golden_requests, "needs at least 1 to check an export")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecommendConfig:
-    """Lists for the users of the dataset, written by jobs/recommend.py."""
-
-    bundle: str = ""  # empty: the run's
-    dir: str = ""  # empty: <run_dir>/recommendations
-    users: str = ""  # file of user keys, one a line; empty: all users
-    k: int = 100  # items a list
-    exclude_history: bool = True  # items of the full history are not recommended
-
-    def __post_init__(self) -> None:
-        require(self.k >= 1, "recommend.k", self.k, "needs at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
