@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lrurec_dist.nightly import run_job
+from lrurec_dist.stages import run_job
 
 if __name__ == "__main__":
     sys.exit(

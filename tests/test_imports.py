@@ -15,6 +15,7 @@ FOUNDATION = {
     "errors",
     "config",
     "config_data",
+    "config_serving",
     "config_file",
     "storage",
     "conditional",
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "run_report": {"report", "data", "model"},
     "stage_evaluate": {"ray_session", "stage_prepare", "run_report", "serve", "train", "evaluate", "data", "model"},
     "stage_recommend": {"ray_session", "serve", "data"},
-    "nightly": {
+    "stages": {
         "ray_session",
         "stage_prepare",
         "stage_evaluate",
@@ -62,7 +63,7 @@ ONLY_IN = {
         "evaluate/dataset_evaluation.py",
         "evaluate/neighbours.py",
         "ray_session.py",
-        "nightly.py",
+        "stages.py",
     },
     "deepspeed": {"train/engine.py", "train/deepspeed_config.py"},
     "omegaconf": {"config_file.py"},

@@ -15,7 +15,7 @@ from lrurec_dist.data.splits import Split
 from lrurec_dist.errors import CatalogueError, ConfigError, DataNotReadyError
 from lrurec_dist.evaluate.ranking import top_k
 from lrurec_dist.model.lrurec import LRURec
-from lrurec_dist.nightly import run
+from lrurec_dist.stages import run
 from lrurec_dist.ray_session import RaySession
 from lrurec_dist.reporting import Status
 from lrurec_dist.serve.bundle import GoldenAnswers, save_bundle

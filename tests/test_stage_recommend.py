@@ -7,7 +7,7 @@ import pytest
 
 from lrurec_dist import stage_recommend
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.nightly import run_job
+from lrurec_dist.stages import run_job
 from tests.datasets import chain_sequences, write_dataset
 from tests.test_jobs import read_status
 from tests.test_jobs import run_job as run_process

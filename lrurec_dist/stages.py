@@ -1,4 +1,4 @@
-"""The stages of a night, from log to verified bundle, each committed before the next begins."""
+"""The stages of a run, from log to verified bundle, each committed before the next begins."""
 
 import platform
 import time
