@@ -15,11 +15,11 @@ from lrurec_dist.data.splits import Split
 from lrurec_dist.errors import CatalogueError, ConfigError, DataNotReadyError
 from lrurec_dist.evaluate.ranking import top_k
 from lrurec_dist.model.lrurec import LRURec
-from lrurec_dist.stages import run
 from lrurec_dist.ray_session import RaySession
 from lrurec_dist.reporting import Status
 from lrurec_dist.serve.bundle import GoldenAnswers, save_bundle
 from lrurec_dist.stage_evaluate import evaluate, find_model, read_figures
+from lrurec_dist.stages import run
 from tests.datasets import chain_sequences, write_dataset
 from tests.test_report import Page
 
