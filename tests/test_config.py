@@ -18,7 +18,7 @@ OVERRIDES = [
     "log.timestamp_unit=ms",
     "batch.first_item_is_target=false",
     "train.learning_rate=2e-3",
-    "train.max_steps=700",
+    "train.max_steps=7000",
     "evaluate.ks=[10,3]",
     'log.keep=["event == click", "country in [DE, FR]"]',
     "train.deepspeed.zero_optimization.overlap_comm=true",
@@ -70,7 +70,7 @@ def test_overrides_take_the_type_of_their_setting():
     assert config.log.timestamp_unit == "ms"
     assert config.batch.first_item_is_target is False
     assert config.train.learning_rate == 0.002
-    assert config.train.max_steps == 700
+    assert config.train.max_steps == 7000
     assert config.evaluate.ks == [10, 3]
     assert config.log.keep == ["event == click", "country in [DE, FR]"]
     assert config.train.deepspeed == {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
