@@ -1,4 +1,4 @@
-"""Trackers: what metrics.jsonl holds, in TensorBoard's event files."""
+"""Trackers: what metrics.jsonl holds, in TensorBoard's event files, an MLflow store and Ray's export."""
 
 import sys
 import urllib.request
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrurec_dist.errors import ConfigError
@@ -24,6 +25,25 @@ def test_tensorboard_holds_every_number_of_a_record_at_its_step(tmp_path: Path) 
     assert sorted(events.Tags()["scalars"]) == ["train/loss", "validation/recall@10"]
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(5, 2.5), (10, 1.5)]
     assert [(event.step, event.value) for event in events.Scalars("validation/recall@10")] == [(10, 0.25)]
+
+
+def test_mlflow_holds_every_number_of_a_record_and_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/store")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database would need sqlalchemy and alembic
+    trackers = Trackers("/runs/a", ["mlflow"], {"model": {"dim": 64}})
+    trackers.write("train", {"step": 5, "loss": 2.5, "gradient_norm": None})
+    trackers.write("train", {"step": 10, "loss": 1.5})
+    trackers.write("validation", {"step": 10, "recall@10": 0.25, "is_best": True})
+    trackers.close()
+    client = MlflowClient(f"file://{tmp_path}/store")
+    (run,) = client.search_runs(["0"])
+    assert (run.info.run_name, run.info.status) == ("/runs/a", "FINISHED")
+    assert run.data.metrics == {"train/loss": 1.5, "validation/recall_at_10": 0.25}
+    assert [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "train/loss")] == [
+        (5, 2.5),
+        (10, 1.5),
+    ]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["config.json"]
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -63,3 +83,13 @@ def test_a_tracker_that_is_not_installed_names_what_to_install(
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(ConfigError, match=rf"train\.track={name}: .*pip install 'lrurec-dist\[{name}\]'"):
         Trackers(str(tmp_path), [name], {})
+
+
+def test_a_package_that_a_tracker_s_store_needs_is_named_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
+    monkeypatch.setitem(sys.modules, "alembic", None)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    with pytest.raises(
+        ConfigError, match=r"train\.track=mlflow: (alembic|sqlalchemy)\S* is not installed; pip install (alembic|sqlalchemy)"
+    ):
+        Trackers(str(tmp_path), ["mlflow"], {})

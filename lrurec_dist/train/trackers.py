@@ -30,8 +30,12 @@ class Trackers:
             try:
                 write, close = _OPEN[name](run_url, settings)
             except ImportError as error:
+                missing = error.name or name
+                wanted = (
+                    f"'lrurec-dist[{name}]'" if missing.split(".")[0] in (name, "torch") else missing
+                )  # or what its store needs
                 raise ConfigError(
-                    f"train.track={name}: {error.name or name} is not installed; pip install 'lrurec-dist[{name}]', or leave it out"
+                    f"train.track={name}: {missing} is not installed; pip install {wanted}, or leave {name} out"
                 ) from None
             self._write.append(write)
             self._close.append(close)
