@@ -16,6 +16,29 @@ LOCAL_SCORES = 10**11  # of users and items; so many take threads of this proces
 _NAMED = 5  # unknown users in the message
 
 
+def bundle_of(config: Config, status: Status, section: str, bundle: str) -> str:
+    """URL of the bundle that a section's setting names, else of the run's; the run's dataset is there, too.
+
+    Raises:
+        DataNotReadyError: no bundle, or no dataset.
+    """
+    bundle_url = bundle or status.stages.get("bundle", {}).get("outputs", {}).get("url", "")
+    if not bundle_url:
+        raise DataNotReadyError(f"{section}.bundle is not set, and {config.run_dir} has no bundle; run jobs/train.py first")
+    for setting, place in ((f"{section}.bundle", bundle_url), ("dataset.dir", config.dataset_url)):
+        if not storage.is_committed(place):
+            raise DataNotReadyError(f"{setting}={place} does not exist, or is being written; run jobs/train.py first")
+    return bundle_url
+
+
+def passes_of(session: RaySession, *, by_ray: bool) -> Passes:
+    """Ray tasks, or as many threads of this process as it has cores."""
+    if not by_ray:
+        return LocalPasses(threads=os.cpu_count() or 1)
+    session.connect()
+    return RayPasses(session.data_resources)
+
+
 def recommend(config: Config, status: Status, session: RaySession) -> None:
     """Write the lists, or find them, and commit the stage.
 
@@ -24,12 +47,7 @@ def recommend(config: Config, status: Status, session: RaySession) -> None:
         LrurecError: as `recommend_dataset`.
     """
     settings = config.recommend
-    bundle_url = settings.bundle or status.stages.get("bundle", {}).get("outputs", {}).get("url", "")
-    if not bundle_url:
-        raise DataNotReadyError(f"recommend.bundle is not set, and {config.run_dir} has no bundle; run jobs/train.py first")
-    for setting, place in (("recommend.bundle", bundle_url), ("dataset.dir", config.dataset_url)):
-        if not storage.is_committed(place):
-            raise DataNotReadyError(f"{setting}={place} does not exist, or is being written; run jobs/train.py first")
+    bundle_url = bundle_of(config, status, "recommend", settings.bundle)
     if settings.users and not storage.exists(settings.users):
         raise DataNotReadyError(f"recommend.users={settings.users} does not exist; one user key a line, or nothing for all users")
     dataset = SequenceDataset(config.dataset_url)
@@ -40,12 +58,7 @@ def recommend(config: Config, status: Status, session: RaySession) -> None:
         users=keys_in(settings.users),
     )
     users = int(dataset.manifest["users"]) if options.users is None else len(options.users)
-    passes: Passes
-    if users * dataset.num_items <= LOCAL_SCORES:
-        passes = LocalPasses(threads=os.cpu_count() or 1)
-    else:
-        session.connect()
-        passes = RayPasses()
+    passes = passes_of(session, by_ray=users * dataset.num_items > LOCAL_SCORES)
     manifest, was_there = recommend_dataset(
         config.recommendations_url, bundle_url, dataset, options, passes, progress_of("recommend")
     )

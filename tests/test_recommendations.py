@@ -12,7 +12,7 @@ from lrurec_dist import storage
 from lrurec_dist.data.passes import LocalPasses, RayPasses
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.errors import CatalogueError, ConfigError, IntegrityError
-from lrurec_dist.serve import recommendations
+from lrurec_dist.serve import shard_files
 from lrurec_dist.serve.recommendations import ListOptions, recommend_dataset
 from lrurec_dist.serve.recommender import Recommender
 from tests.datasets import chain_sequences, write_dataset
@@ -78,7 +78,7 @@ def test_every_user_gets_what_the_recommender_answers(tmp_path: Path, dataset: S
 def test_the_files_are_the_same_whoever_computes_them(
     tmp_path: Path, dataset: SequenceDataset, bundle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recommendations, "_ROW_GROUP", 10)  # several tables a file
+    monkeypatch.setattr(shard_files, "ROW_GROUP", 10)  # several tables a file
     places = {"one": LocalPasses(1), "three": LocalPasses(3)}
     for name, passes in places.items():
         recommend_dataset(str(tmp_path / name), bundle, dataset, OPTIONS, passes)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "ranking.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "ranking.c", "step.c"))
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-std=c11")
 _PER_THREAD = 1 << 15  # elements that pay for one more thread
 _USERS_OF_A_TASK = 128  # TILE in ranking.c
@@ -107,6 +107,17 @@ def dropout_backward(x: Tensor, grad: Tensor, seed: int, probability: float, *, 
     y = torch.empty_like(grad)
     _call("dropout_backward", grad.dtype, grad.numel(), _threads(grad.numel()), gelu, *_mask(seed, probability), x, grad, y)
     return y
+
+
+def step_users(parameters: Tensor, states: Tensor, vectors: Tensor, epsilon: float) -> None:
+    """One event of each user, in place: states (users, blocks, 2, hidden), and vectors (users, dim), which hold the items' rows.
+
+    All are contiguous and float32; parameters are those that `stepping.Stepper` packs.
+    """
+    users, blocks, _, hidden = states.shape
+    threads = ctypes.c_int(max(1, min(users // 16, torch.get_num_threads())))  # few are done before a thread is awake
+    _call("step_users", None, users, blocks, vectors.shape[1], hidden, threads,
+          ctypes.c_float(epsilon), parameters, states, vectors)  # fmt: skip
 
 
 def _mask(seed: int, probability: float) -> tuple[ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_float]:

@@ -1,8 +1,6 @@
-"""Lists for the users of a dataset, from a bundle to Parquet files; shard by shard, each done once.
+"""Lists for the users of a dataset, from a bundle to Parquet files; shard by shard, each done once (`shard_files.py`).
 
-manifest.json         schema version, inputs, bundle version, counts, every file's size and SHA-256; written last
-lists/part-*.parquet  user_key, item_keys, scores, bundle_version; one file a shard of the dataset, one row a user
-parts/part-*.json     what a finished file holds, so that a run that is repeated goes on from there
+lists/part-*.parquet  user_key, item_keys, scores, bundle_version
 unknown_users.txt     the keys asked for that the dataset does not have, one a line, where there are any
 """
 
@@ -13,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from lrurec_dist import PAD_ID, storage
@@ -21,17 +18,13 @@ from lrurec_dist.data.batches import pad_left
 from lrurec_dist.data.catalogue import as_keys
 from lrurec_dist.data.passes import Passes
 from lrurec_dist.data.sequences import SequenceDataset, SequenceShard
-from lrurec_dist.errors import CatalogueError, ConfigError, IntegrityError
+from lrurec_dist.errors import ConfigError
 from lrurec_dist.evaluate.ranking import top_k
-from lrurec_dist.files import new_file
-from lrurec_dist.model.process import arrange_cpu
 from lrurec_dist.reporting import Progress, silent
-from lrurec_dist.serve.bundle import Bundle, load_bundle
-from lrurec_dist.serve.recommender import Recommender
-from lrurec_dist.stores import retried
+from lrurec_dist.serve.bundle import Bundle
+from lrurec_dist.serve.shard_files import ShardFiles, bundle_for_part, check_catalogue, checked_bundle
 
 SCHEMA_VERSION = 1
-_ROW_GROUP = 8192  # users whose lists are written together, and held until then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +58,11 @@ def recommend_dataset(
         CatalogueError: dataset and bundle have different catalogues.
         BundleError: as `load_bundle`, or a golden request gets another answer.
     """
-    bundle = _loaded(bundle_url)
+    bundle = checked_bundle(bundle_url)
     num_items = len(bundle.item_keys)
     if options.k > num_items:
         raise ConfigError(f"recommend.k={options.k}: the catalogue has {num_items:,} items; set recommend.k={num_items} or lower")
-    theirs, ours = bundle.manifest["catalogue_fingerprint"], dataset.manifest["catalogue_fingerprint"]
-    if theirs != ours:
-        raise CatalogueError(
-            f"bundle {bundle.version} has catalogue {theirs} ({num_items:,} items), {dataset.url} has {ours} "
-            f"({dataset.num_items:,}); give the dataset that the bundle was trained on, or a bundle of this one"
-        )
+    check_catalogue(bundle, dataset)
     inputs = {
         "bundle": storage.fingerprint(bundle.manifest["files"]),
         "dataset": dataset.identity,
@@ -83,113 +71,40 @@ def recommend_dataset(
         "batch_size": options.batch_size,
         "users": None if options.users is None else storage.fingerprint(options.users.to_pylist()),
     }
-    if storage.is_committed(url):
-        manifest = storage.read_manifest(url)
-        _check_inputs(url, manifest["inputs"], inputs)
+    files = ShardFiles(url=url, folder="lists", setting="recommend.dir", inputs=inputs)
+    if manifest := files.committed():
         return manifest, True
-    records = _finished(url, inputs, dataset.shard_names)
-    kept = len(records)
-    missing = [name for name in dataset.shard_names if name not in records]
-    make = functools.partial(_make_part, url=url, bundle_url=bundle_url, dataset=dataset, options=options, inputs=inputs)
-    progress("ranked", kept, len(dataset.shard_names), "shards")
-    for name, record in zip(missing, passes.each(make, [(name,) for name in missing]), strict=True):
-        records[name] = record
-        progress("ranked", len(records), len(dataset.shard_names), "shards")
-    unknown = _unknown_users(url, options.users, dataset.shard_names)
-    known = {_lists_of(name): records[name]["entry"] for name in dataset.shard_names}
+    part = functools.partial(_make_part, files=files, bundle_url=bundle_url, dataset=dataset, options=options)
+    records = files.make(dataset, part, passes, progress, "ranked")
+    unknown = _unknown_users(options.users, [storage.join(url, files.name_of(name)) for name in dataset.shard_names])
     if unknown:
         storage.write_bytes(storage.join(url, "unknown_users.txt"), "".join(f"{key}\n" for key in unknown).encode())
     description = {
         "schema_version": SCHEMA_VERSION,
-        "inputs": inputs,
         "bundle_version": bundle.version,
         "bundle": bundle_url,
         "dataset": dataset.url,
-        "users": sum(record["users"] for record in records.values()),
         "unknown_users": len(unknown),
     }
-    storage.commit(url, description, known)
-    return storage.read_manifest(url, verify=False), False
+    return files.commit(description, records), False
 
 
-def _check_inputs(where: str, before: dict[str, Any], inputs: dict[str, Any]) -> None:
-    differing = sorted(name for name in inputs if before.get(name) != inputs[name])
-    if differing:
-        raise ConfigError(
-            f"recommend.dir={where}: holds lists made with other {', '.join(differing)}; choose another recommend.dir, or delete it"
-        )
-
-
-def _lists_of(shard: str) -> str:
-    return shard.replace("sequences/", "lists/")
-
-
-def _record_of(shard: str) -> str:
-    return shard.replace("sequences/", "parts/").replace(".parquet", ".json")
-
-
-def _finished(url: str, inputs: dict[str, Any], shards: list[str]) -> dict[str, dict[str, Any]]:
-    """Records of the shards whose lists are there, whole."""
-    records = {}
-    for name in shards:
-        if not storage.exists(record_url := storage.join(url, _record_of(name))):
-            continue
-        record = storage.read_json(record_url)
-        _check_inputs(url, record["inputs"], inputs)
-        try:
-            storage.verify_file(url, _lists_of(name), record["entry"])
-        except IntegrityError:
-            continue  # made again
-        records[name] = record
-    return records
-
-
-def _unknown_users(url: str, asked: pa.Array | None, shards: list[str]) -> list[str]:
+def _unknown_users(asked: pa.Array | None, lists: list[str]) -> list[str]:
     if asked is None:
         return []
-    found = [storage.read_table(storage.join(url, _lists_of(name)), columns=["user_key"])["user_key"] for name in shards]
+    found = [storage.read_table(url, columns=["user_key"])["user_key"] for url in lists]
     keys = pa.chunked_array([chunk for column in found for chunk in column.chunks], type=found[0].type)
     distinct = asked.unique()
     return distinct.filter(pc.invert(pc.is_in(as_keys(distinct, keys.type), value_set=keys))).to_pylist()
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(bundle_url: str) -> Bundle:
-    """The bundle, once a process, after its golden requests were answered as they should be."""
-    arrange_cpu()
-    bundle = load_bundle(bundle_url)
-    Recommender(bundle).check_golden()
-    return bundle
-
-
 def _make_part(
-    name: str, *, url: str, bundle_url: str, dataset: SequenceDataset, options: ListOptions, inputs: dict[str, Any]
+    name: str, *, files: ShardFiles, bundle_url: str, dataset: SequenceDataset, options: ListOptions
 ) -> dict[str, Any]:
-    """Write the lists of a shard, then its record, which is returned."""
-    torch.set_num_threads(1)  # products may round otherwise with more; shards are what is computed side by side
-    bundle, shard = _loaded(bundle_url), dataset.read_shard(name)
-    place = storage.join(url, _lists_of(name))
-
-    def write() -> tuple[dict[str, Any], int]:
-        users = 0
-        with new_file(place) as file:
-            schema = _schema(shard, bundle)
-            with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["bundle_version"]) as writer:
-                waiting: list[pa.Table] = []
-                for table in _lists(bundle, shard, schema, options):
-                    waiting.append(table)
-                    users += table.num_rows
-                    if sum(part.num_rows for part in waiting) >= _ROW_GROUP:
-                        writer.write_table(pa.concat_tables(waiting))
-                        waiting.clear()
-                if waiting:
-                    writer.write_table(pa.concat_tables(waiting))
-        return file.entry(), users
-
-    entry, users = retried("write", place, write)
-    record = {"entry": entry, "users": users, "inputs": inputs}
-    storage.write_json(storage.join(url, _record_of(name)), record)
-    return record
+    """Write the lists of a shard and return its record."""
+    bundle, shard = bundle_for_part(bundle_url), dataset.read_shard(name)
+    schema = _schema(shard, bundle)
+    return files.write(name, schema, lambda: _lists(bundle, shard, schema, options))
 
 
 def _schema(shard: SequenceShard, bundle: Bundle) -> pa.Schema:
@@ -218,7 +133,7 @@ def _lists(bundle: Bundle, shard: SequenceShard, schema: pa.Schema, options: Lis
         excluded = [torch.from_numpy(history) for history in histories if options.exclude_history]
         rows = torch.arange(len(excluded)).repeat_interleave(torch.tensor([len(ids) for ids in excluded], dtype=torch.int64))
         ids = torch.cat([torch.empty(0, dtype=torch.int64), *excluded])
-        best, scores = top_k(bundle.model.encode(item_ids), item_rows, bundle.model.table.bias, options.k, rows, ids)
+        best, scores = top_k(bundle.model.encode(item_ids), item_rows, bundle.candidate_bias, options.k, rows, ids)
         present = best != PAD_ID
         offsets = pa.array(torch.cat([torch.zeros(1, dtype=torch.int64), present.sum(1).cumsum(0)]).numpy())
         keys = bundle.item_keys.take(pa.array(best[present].numpy() - 1))
