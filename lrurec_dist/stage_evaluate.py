@@ -16,7 +16,7 @@ from lrurec_dist.evaluate.evaluation import RankingProtocol
 from lrurec_dist.evaluate.metrics import MEAN_RANK
 from lrurec_dist.evaluate.ranks import MODEL, compare_with
 from lrurec_dist.evaluate.shard_evaluation import Figures
-from lrurec_dist.evaluate.summary import differences, plain, summarise, values_of
+from lrurec_dist.evaluate.summary import summarise, summarise_pair, values_of
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.ray_session import RaySession
 from lrurec_dist.reporting import METRICS, MetricsFile, Status, format_table, metrics_table, progress_of, say
@@ -27,7 +27,7 @@ from lrurec_dist.train.checkpoint import model_loader, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import find_checkpoint
 from lrurec_dist.train.launch import use_cuda
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: ranks have the target's popularity decile
 EVALUATION = "evaluation"  # below the run directory: a committed directory for each kind of split
 FIGURES = "metrics.json"  # below each of them
 OTHER_SPLIT = {"kind": "global_time", "train_until": "20%", "test_from": "10%"}  # of a run that leaves the last ones out
@@ -215,6 +215,8 @@ def _evaluate_split(
         workers=config.train.workers,
         cpus_per_worker=config.train.cpus_per_worker,
         gpus_per_worker=1 if cuda else 0,
+        resources=config.train.resources,
+        data_resources=session.data_resources,
         progress=progress_of("evaluate"),
     )
     figures = {
@@ -232,7 +234,8 @@ def _evaluate_split(
         "audit": audited.counts,
         **summarise(evaluation, dataset.num_items),
     }
-    figures["previous"] = _beside_previous(config, dataset, split, url)
+    run = _previous_run(config)
+    figures["previous"] = None if run is None else compare_runs(config, dataset, split.kind, run)
     storage.write_json(storage.join(url, FIGURES), figures)
     about = {"schema_version": SCHEMA_VERSION, "num_items": dataset.num_items}
     storage.commit(url, {**about, "catalogue_fingerprint": dataset.manifest["catalogue_fingerprint"]})
@@ -244,19 +247,22 @@ def _previous_run(config: Config) -> str | None:
     return None if run in ("", "none") else run
 
 
-def _beside_previous(config: Config, dataset: SequenceDataset, split: Split, url: str) -> dict[str, Any] | None:
-    """The difference to an earlier run on the users of both who were asked for the same item; None without such a run."""
-    options, run = config.evaluate, _previous_run(config)
-    if run is None:
-        return None
-    before = evaluation_url(run, split.kind)
+def compare_runs(config: Config, dataset: SequenceDataset, kind: str, before_run: str) -> dict[str, Any] | None:
+    """The run's evaluation by a kind of split beside that of an earlier run on the same users, as `summarise_pair` has it.
+
+    None if the earlier run has no such evaluation.
+
+    Raises:
+        CatalogueError: the dataset's catalogue is not that of the earlier evaluation, nor begins with it.
+    """
+    options, before = config.evaluate, evaluation_url(before_run, kind)
     if not storage.is_committed(before):
-        say(f"evaluate: {run} has no evaluation by split.kind={split.kind} to compare with")
+        say(f"evaluate: {before_run} has no evaluation by split.kind={kind} to compare with")
         return None
     manifest = storage.read_manifest(before)
     _refuse_another_catalogue(before, manifest, dataset)
-    sums, others = compare_with(
-        url,
+    paired = compare_with(
+        evaluation_url(config.run_dir, kind),
         before,
         ks=tuple(options.ks),
         num_items=dataset.num_items,
@@ -264,15 +270,7 @@ def _beside_previous(config: Config, dataset: SequenceDataset, split: Split, url
         replicates=options.bootstrap,
         seed=config.seed,
     )
-    return {
-        "run": run,
-        "name": read_figures(run, split.kind)["name"],
-        "users": sums.users,
-        "users_with_another_target": others,
-        "now": {name: plain(interval) for name, interval in sums.intervals("now/").items()},
-        "before": {name: plain(interval) for name, interval in sums.intervals("before/").items()},
-        "differences": differences(sums, "now/", "before/"),
-    }
+    return {"run": before_run, "name": read_figures(before_run, kind)["name"], **summarise_pair(paired)}
 
 
 def _tell(figures: dict[str, Any], dataset: SequenceDataset) -> None:

@@ -10,13 +10,17 @@ HOUR = 3_600_000_000
 
 def table(**columns: object) -> pa.Table:
     users = 9
-    defaults = {"target": [1] * users, "history_length": [1] * users, "new_user": [False] * users, "gap_us": [0] * users}
+    defaults = {
+        "history_length": [1] * users,
+        "new_user": [False] * users,
+        "gap_us": [0] * users,
+        "popularity_decile": [0] * users,
+    }
     return pa.table({**defaults, **columns})
 
 
-def rows_by(targets: pa.Table, scheme: str, deciles: np.ndarray | None = None) -> dict[str, list[int]]:
-    found = segments_of(targets, np.zeros(20, dtype=np.int64) if deciles is None else deciles)
-    return {segment: rows.tolist() for of, segment, rows in found if of == scheme}
+def rows_by(targets: pa.Table, scheme: str) -> dict[str, list[int]]:
+    return {segment: rows.tolist() for of, segment, rows in segments_of(targets) if of == scheme}
 
 
 def test_bounds_of_history_lengths_and_gaps_belong_to_the_segment_they_begin() -> None:
@@ -34,7 +38,7 @@ def test_bounds_of_history_lengths_and_gaps_belong_to_the_segment_they_begin() -
 
 
 def test_a_log_of_positions_has_no_gaps() -> None:
-    found = segments_of(table(gap_us=pa.nulls(9, pa.int64())), np.zeros(20, dtype=np.int64))
+    found = segments_of(table(gap_us=pa.nulls(9, pa.int64())))
     assert {scheme for scheme, *_ in found} == set(SCHEMES) - {"time since the last event"}
 
 
@@ -44,7 +48,7 @@ def test_deciles_are_tenths_of_the_trained_items_most_popular_first() -> None:
     assert deciles[[21, 20, 3, 1, 2]].tolist() == [0, 0, 9, 9, 10]
     assert np.bincount(deciles[np.flatnonzero(counts)]).tolist() == [2] * 10
     assert popularity_deciles(np.array([0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]))[1:].tolist() == list(range(10)), "ties by item_id"
-    found = rows_by(table(target=[2, 1, 21, 2, 1, 21, 21, 21, 3]), "target's popularity", deciles)
+    found = rows_by(table(popularity_decile=deciles[[2, 1, 21, 2, 1, 21, 21, 21, 3]]), "target's popularity")
     assert found == {"decile 1": [2, 5, 6, 7], "decile 10": [1, 4, 8], "never trained": [0, 3]}
 
 
@@ -53,13 +57,13 @@ def test_every_user_is_in_one_segment_of_each_scheme() -> None:
     users = 500
     targets = pa.table(
         {
-            "target": draw.integers(1, 50, users),
+            "popularity_decile": popularity_deciles(draw.integers(0, 3, 50))[draw.integers(1, 50, users)],
             "history_length": draw.integers(1, 400, users),
             "new_user": draw.random(users) < 0.3,
             "gap_us": draw.integers(0, 2000 * HOUR, users),
         }
     )
-    found = list(segments_of(targets, popularity_deciles(draw.integers(0, 3, 50))))
+    found = list(segments_of(targets))
     assert {scheme for scheme, *_ in found} == set(SCHEMES)
     for scheme in SCHEMES:
         rows = np.concatenate([rows for of, _, rows in found if of == scheme])

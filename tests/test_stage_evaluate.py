@@ -28,10 +28,13 @@ DAY = 86_400_000_000
 SHAPE = {"num_items": NUM_ITEMS, "dim": 8, "hidden": 8, "blocks": 1, "dropout": 0.1}
 
 
-def bundle_of(dataset: SequenceDataset, url: Path, seed: int) -> str:
-    """A bundle of an untrained model that says it left the last ones out."""
+def bundle_of(dataset: SequenceDataset, url: Path, seed: int, bias: torch.Tensor | None = None, checkpoint: str = "") -> str:
+    """A bundle of an untrained model that says it left the last ones out; `bias` is added to the scores of all items."""
     torch.manual_seed(seed)
-    model = LRURec(**SHAPE).eval().requires_grad_(False)
+    shape = {**SHAPE, "num_items": dataset.num_items}
+    model = LRURec(**shape).eval().requires_grad_(False)
+    if bias is not None:
+        model.table.bias[1:] += bias
     nothing = torch.empty(0, dtype=torch.int64)
     golden = top_k(model.encode(torch.tensor([[1]])), model.item_rows(), model.table.bias, 10, nothing, nothing)
     figures = {name: {f"{metric}@10": 0.0 for metric in ("recall", "ndcg")} for name in ("model", "popularity")}
@@ -39,14 +42,14 @@ def bundle_of(dataset: SequenceDataset, url: Path, seed: int) -> str:
         str(url),
         date="2026-11-20",
         model=model,
-        model_arguments=SHAPE,
+        model_arguments=shape,
         max_length=7,
         exclude_history=False,
         catalogue=dataset.catalogue.table,
         catalogue_fingerprint=dataset.catalogue.fingerprint,
         golden=GoldenAnswers([dataset.catalogue.keys_of(np.array([1]))], *golden),
         metrics={**figures, "users": 1, "largest_decay_modulus": 0.9, "step": 77, "split": {"kind": "leave_last_out"}},
-        lineage={"interactions": 1, "users": 1, "sources": {}, "step": 77},
+        lineage={"interactions": 1, "users": 1, "sources": {}, "step": 77, "checkpoint": checkpoint},
     )
 
 

@@ -1,10 +1,13 @@
 """Which groups of users figures are given for, beside those for everybody."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+
+T = TypeVar("T")
 
 _HISTORY = (1, 5, 10, 20, 50, 100, 200)  # a group's shortest history
 _HOUR = 3_600_000_000  # microseconds
@@ -38,16 +41,15 @@ def popularity_deciles(counts: np.ndarray) -> np.ndarray:
     return deciles
 
 
-def segments_of(targets: pa.Table, deciles: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+def segments_of(targets: pa.Table) -> Iterator[tuple[str, str, np.ndarray]]:
     """(scheme, segment, rows) of every segment that has users.
 
     Args:
         targets: as `ranks.TARGETS`; users whose gap is null are in no segment of "time since the last event".
-        deciles: of `popularity_deciles`.
     """
     places = {
         "history length": np.searchsorted(_HISTORY, targets["history_length"].to_numpy(), side="right") - 1,
-        "target's popularity": deciles[targets["target"].to_numpy()],
+        "target's popularity": targets["popularity_decile"].to_numpy(),
         "user": targets["new_user"].to_numpy().astype(np.int64),
     }
     if targets["gap_us"].null_count == 0:
@@ -55,3 +57,9 @@ def segments_of(targets: pa.Table, deciles: np.ndarray) -> Iterator[tuple[str, s
     for scheme, place in places.items():
         for index in np.unique(place):
             yield scheme, SCHEMES[scheme][index], np.flatnonzero(place == index)
+
+
+def in_order(found: Mapping[tuple[str, str], T]) -> list[tuple[tuple[str, str], T]]:
+    """What is there of each (scheme, segment), as SCHEMES orders them."""
+    keys = [(scheme, segment) for scheme, segments in SCHEMES.items() for segment in segments]
+    return [(key, found[key]) for key in keys if key in found]

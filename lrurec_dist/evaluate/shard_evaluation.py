@@ -21,7 +21,7 @@ from lrurec_dist.evaluate.lists import ListSums, top_lists
 from lrurec_dist.evaluate.metrics import metric_values
 from lrurec_dist.evaluate.neighbours import Neighbours, neighbour_ranks
 from lrurec_dist.evaluate.ranks import MODEL, rank_column, ranks_file
-from lrurec_dist.evaluate.segments import SCHEMES, popularity_deciles, segments_of
+from lrurec_dist.evaluate.segments import popularity_deciles, segments_of
 
 SEGMENT_METRICS = ("recall@10", "ndcg@10", "mean_rank")
 
@@ -59,11 +59,6 @@ class Evaluation:
     def users(self) -> int:
         """Users evaluated."""
         return self.metrics.users
-
-    def segments_in_order(self) -> list[tuple[tuple[str, str], ReplicateSums]]:
-        """The segments that have users, as SCHEMES orders them."""
-        keys = [(scheme, segment) for scheme, segments in SCHEMES.items() for segment in segments]
-        return [(key, self.segments[key]) for key in keys if key in self.segments]
 
     def add(self, other: "Evaluation") -> None:
         """Count the users of another shard."""
@@ -197,6 +192,7 @@ class ShardEvaluator:
             history[batch.users],
             comparison.trained.bounds(shard).train_end[batch.users] == 0,
             pa.nulls(len(place), pa.int64()) if times is None else times[place] - times[place - 1],
+            self._deciles[batch.targets],
             *ranks,
         ]
         return pa.table([pa.array(column) for column in columns], schema=_no_targets(comparison, shard).schema)
@@ -227,7 +223,7 @@ class ShardEvaluator:
         }
         found.metrics.add(values, users, figures.seed)
         names = [f"{model}/{name}" for model in found.models for name in SEGMENT_METRICS]
-        for scheme, segment, rows in segments_of(table, self._deciles):
+        for scheme, segment, rows in segments_of(table):
             sums = found.segments[scheme, segment] = ReplicateSums(names, figures.replicates)
             sums.add({name: values[name][rows] for name in names}, users[rows], figures.seed)
         found.unseen_targets = int((self._comparison.popularity[targets] == 0).sum())
@@ -236,5 +232,9 @@ class ShardEvaluator:
 
 def _no_targets(comparison: Comparison, shard: SequenceShard) -> pa.Table:
     fields = {"user_key": shard.user_keys.type, "target": pa.int64(), "history_length": pa.int64(), "new_user": pa.bool_()}
-    fields |= {"gap_us": pa.int64(), **{rank_column(model): pa.int64() for model in comparison.models}}
+    fields |= {
+        "gap_us": pa.int64(),
+        "popularity_decile": pa.int64(),
+        **{rank_column(model): pa.int64() for model in comparison.models},
+    }
     return pa.schema(list(fields.items())).empty_table()

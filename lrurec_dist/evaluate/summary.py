@@ -5,7 +5,8 @@ from typing import Any
 
 from lrurec_dist.evaluate.bootstrap import Interval, ReplicateSums
 from lrurec_dist.evaluate.metrics import MEAN_RANK
-from lrurec_dist.evaluate.ranks import MODEL
+from lrurec_dist.evaluate.ranks import MODEL, Paired
+from lrurec_dist.evaluate.segments import in_order
 from lrurec_dist.evaluate.shard_evaluation import Evaluation
 
 
@@ -35,7 +36,22 @@ def summarise(evaluation: Evaluation, num_items: int) -> dict[str, Any]:
                 "users": of_segment.users,
                 "metrics": {model: _plain(of_segment.intervals(f"{model}/")) for model in evaluation.models},
             }
-            for (scheme, segment), of_segment in evaluation.segments_in_order()
+            for (scheme, segment), of_segment in in_order(evaluation.segments)
+        ],
+    }
+
+
+def summarise_pair(paired: Paired) -> dict[str, Any]:
+    """All figures of two evaluations side by side; `differences` are the later one's minus the earlier one's."""
+    return {
+        "users": paired.sums.users,
+        "users_with_another_target": paired.others,
+        "now": _plain(paired.sums.intervals("now/")),
+        "before": _plain(paired.sums.intervals("before/")),
+        "differences": differences(paired.sums, "now/", "before/"),
+        "segments": [
+            {"scheme": scheme, "segment": segment, "users": sums.users, "differences": differences(sums, "now/", "before/")}
+            for (scheme, segment), sums in in_order(paired.segments)
         ],
     }
 
