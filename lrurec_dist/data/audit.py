@@ -1,7 +1,7 @@
 """The audit of a split: proof, shard by shard, that nothing of a later part trains, kept beside the dataset it is about."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,7 +50,11 @@ class ShardAudit:
 
 
 def stored_audit(
-    dataset: SequenceDataset, split: Split, progress: Progress, connect: Callable[[], None]
+    dataset: SequenceDataset,
+    split: Split,
+    progress: Progress,
+    connect: Callable[[], None],
+    resources: Mapping[str, float] | None = None,
 ) -> tuple[SplitAudit, bool]:
     """The audit of a split, kept in `<dataset>/audits` for whoever asks for the same split again.
 
@@ -59,6 +63,7 @@ def stored_audit(
         split: and how they are split.
         progress: told of each shard that is done.
         connect: called before Ray is used, which is where the sequences exceed LOCAL_BYTES.
+        resources: what its Ray tasks reserve besides their CPUs.
 
     Returns:
         The audit, and whether it was there. One that was made of other bytes, or by another version
@@ -76,7 +81,7 @@ def stored_audit(
         if isinstance(found, dict) and found.get("about") == about:
             lengths, users = (np.array(found["training"][what], dtype=np.int64) for what in ("lengths", "users"))
             return SplitAudit(found["counts"], LengthHistogram(lengths, users)), True
-    audit = audit_split(dataset, split, passes_for(dataset.sequence_bytes, connect), progress)
+    audit = audit_split(dataset, split, passes_for(dataset.sequence_bytes, connect, resources), progress)
     training = {"lengths": audit.training.lengths.tolist(), "users": audit.training.users.tolist()}
     storage.write_json(storage.join(dataset.url, name), {"about": about, "counts": audit.counts, "training": training})
     return audit, False

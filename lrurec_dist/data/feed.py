@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from lrurec_dist.data.batches import DataOrder, TrainingBatch, iter_batches
@@ -24,6 +24,7 @@ def iter_training_batches(
     rank: int,
     world_size: int,
     feed: Feed = "auto",
+    resources: Mapping[str, float] | None = None,
 ) -> Iterator[TrainingBatch]:
     """One rank's batches from a place in the data order on, without end; the same ones by either feed.
 
@@ -37,12 +38,15 @@ def iter_training_batches(
         feed: `local`: a thread of this process reads shards and cuts batches. `ray`: Ray Data tasks
             do, on any machine of the cluster. `auto`: local where a group of shards fits LOCAL_BYTES,
             since cutting a batch from memory costs less than fetching a made one.
+        resources: what a Ray task of the feed reserves besides its CPUs.
     """
     if feed == "local" or (feed == "auto" and group_bytes(dataset, order) <= LOCAL_BYTES):
         return _ahead(iter_batches(dataset, order, epoch=epoch, first_batch=first_batch, rank=rank, world_size=world_size))
     from lrurec_dist.data.ray_feed import iter_batches_by_ray  # a rank that feeds itself needs no Ray
 
-    return iter_batches_by_ray(dataset, order, epoch=epoch, first_batch=first_batch, rank=rank, world_size=world_size)
+    return iter_batches_by_ray(
+        dataset, order, epoch=epoch, first_batch=first_batch, rank=rank, world_size=world_size, resources=resources
+    )
 
 
 def group_bytes(dataset: SequenceDataset, order: DataOrder) -> int:

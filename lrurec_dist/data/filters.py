@@ -8,7 +8,7 @@ nights are merged into; they make a second one of it.
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -89,6 +89,7 @@ def filter_dataset(
     parent: Catalogue | None,
     connect: Callable[[], None],
     first_ids: Literal["appearance", "count"] = "appearance",
+    resources: Mapping[str, float] | None = None,
 ) -> tuple[SequenceDataset, bool]:
     """What of `base` passes the filters, as a committed dataset at `url`.
 
@@ -104,6 +105,7 @@ def filter_dataset(
             keeps its id, without interactions.
         connect: called before Ray is used, which is where the sequences exceed LOCAL_BYTES.
         first_ids: without a parent, ids in the order of the base's, or by the count of what is kept, ties in that order.
+        resources: what its Ray tasks reserve besides their CPUs.
 
     Returns:
         The dataset, and whether it was there already.
@@ -128,7 +130,7 @@ def filter_dataset(
         return there, True
     started = time.perf_counter()
     remove_leftovers(url)
-    passes = passes_for(base.sequence_bytes, connect)
+    passes = passes_for(base.sequence_bytes, connect, resources)
     stays = _items_that_stay(passes, base, filters)
     counts = _counts(passes, base, filters, stays) if first_ids == "count" and parent is None else None
     catalogue, new_id = _extended(base.catalogue, stays, counts, parent)

@@ -6,7 +6,7 @@ what each shard was dealt with what it held before. Whatever else goes over shar
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -129,24 +129,30 @@ class LocalPasses:
 
 
 class RayPasses:
-    """Both passes as Ray tasks; what is dealt lies in the object store, which spills to disk."""
+    """Both passes as Ray tasks; what is dealt lies in the object store, which spills to disk.
+
+    Args:
+        resources: what each task reserves besides its CPUs, which decides on which nodes it may run.
+    """
 
     place = "by Ray tasks"
 
-    def __init__(self) -> None:
+    def __init__(self, resources: Mapping[str, float] | None = None) -> None:
+        self._resources = dict(resources or {})
         self._pieces: list[list[ray.ObjectRef[pa.Table]]] = []
 
     def each(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, num_cpus: float = 1.0) -> Iterator[Any]:
         """`function(*arguments[i])` for every i, in their order; each a task that reserves `num_cpus` logical CPUs."""
         stored = ray.put(function)  # once, with all that is bound to it
-        task = _each_task.options(num_cpus=num_cpus)
+        task = _each_task.options(num_cpus=num_cpus, resources=self._resources)
         yield from _in_order(lambda index: task.remote(stored, *arguments[index]), len(arguments))
 
     def read(self, units: list[ReadUnit], rules: EventRules, shards: int, url: str) -> Iterator[PartReport]:
         """Pass one; reports in the order of the units."""
 
         def submit(index: int) -> "ray.ObjectRef[PartReport]":
-            refs: Any = _read_task.options(num_returns=shards + 1).remote(index, units[index], rules, shards, url)
+            task = _read_task.options(num_returns=shards + 1, resources=self._resources)
+            refs: Any = task.remote(index, units[index], rules, shards, url)
             self._pieces.append(refs[1:])
             report: ray.ObjectRef[PartReport] = refs[0]
             return report
@@ -163,8 +169,9 @@ class RayPasses:
             pieces = [part[shard] for part in self._pieces]
             for part in self._pieces:
                 part[shard] = None  # type: ignore[call-overload]  # the task holds what it needs: free it with the task
-            task: ray.ObjectRef[ShardReport] = _merge_task.remote(shard, pieces, mappings, parent_url, rules, url)
-            return task
+            task = _merge_task.options(resources=self._resources)
+            report: ray.ObjectRef[ShardReport] = task.remote(shard, pieces, mappings, parent_url, rules, url)
+            return report
 
         yield from _in_order(submit, shards)
 
@@ -172,12 +179,12 @@ class RayPasses:
 Passes = LocalPasses | RayPasses
 
 
-def passes_for(size: int, connect: Callable[[], None]) -> Passes:
-    """Threads of this process for files of up to LOCAL_BYTES, else Ray tasks, after `connect`."""
+def passes_for(size: int, connect: Callable[[], None], resources: Mapping[str, float] | None = None) -> Passes:
+    """Threads of this process for files of up to LOCAL_BYTES, else Ray tasks, after `connect`, on nodes with `resources`."""
     if size <= LOCAL_BYTES:
         return LocalPasses(threads=os.cpu_count() or 1)
     connect()
-    return RayPasses()
+    return RayPasses(resources)
 
 
 @ray.remote(max_retries=3)

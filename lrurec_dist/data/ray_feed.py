@@ -4,7 +4,7 @@ import collections
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,14 @@ FEED_CPUS = 0.25  # logical CPUs of one feeding task, so that two workers and th
 
 
 def iter_batches_by_ray(
-    dataset: SequenceDataset, order: DataOrder, *, epoch: int, first_batch: int, rank: int, world_size: int
+    dataset: SequenceDataset,
+    order: DataOrder,
+    *,
+    epoch: int,
+    first_batch: int,
+    rank: int,
+    world_size: int,
+    resources: Mapping[str, float] | None = None,
 ) -> Iterator[TrainingBatch]:
     """The batches of `batches.iter_batches`, made ahead of their use by Ray Data tasks.
 
@@ -47,7 +54,7 @@ def iter_batches_by_ray(
     would drop rows and hand them out by timing. One row is one whole batch, so nothing is collated
     in the training process.
     """
-    batches_of = _batch_counter(dataset, order)
+    batches_of = _batch_counter(dataset, order, resources)
     make = functools.partial(
         _make_batches, url=dataset.url, identity=dataset.identity, order=order, rank=rank, world_size=world_size
     )
@@ -58,7 +65,7 @@ def iter_batches_by_ray(
     # The scheduling loop of an execution takes a core while tasks run, and the interpreter's lock with
     # it: it runs in a process of its own. An execution is run to its end ahead of its use, since one
     # whose output waits to be read keeps spinning. The first ones are small, to begin at once.
-    executor = _Executor.remote()  # type: ignore[attr-defined]
+    executor = _Executor.remote(dict(resources or {}))  # type: ignore[attr-defined]
     num_tasks = 1
     upcoming = executor.execute.remote(make, list(itertools.islice(addresses, num_tasks)))
     while True:
@@ -75,18 +82,24 @@ def iter_batches_by_ray(
 class _Executor:
     """Runs Ray Data executions; what they made lives as long as this actor does."""
 
+    def __init__(self, resources: dict[str, float]) -> None:
+        self._resources = resources
+
     def execute(self, make: Any, addresses: list[dict[str, int]]) -> "list[ray.ObjectRef[pa.Table]]":
         configure_ray_data()
         tasks = ray.data.from_items(addresses, override_num_blocks=len(addresses))
-        return tasks.map_batches(make, batch_format="pyarrow", batch_size=1, concurrency=1, num_cpus=FEED_CPUS).to_arrow_refs()
+        made = tasks.map_batches(
+            make, batch_format="pyarrow", batch_size=1, concurrency=1, num_cpus=FEED_CPUS, resources=self._resources
+        )
+        return made.to_arrow_refs()
 
 
-def _batch_counter(dataset: SequenceDataset, order: DataOrder) -> BatchCounter:
+def _batch_counter(dataset: SequenceDataset, order: DataOrder, resources: Mapping[str, float] | None) -> BatchCounter:
     """What says how many batches there are. Shards are read for it, by tasks, only where their lengths do not tell."""
     names = dataset.shard_names
     if order.tokens or order.split.needs_timestamps or order.windows == "carried":
         read = functools.partial(_read_sizes, url=dataset.url, identity=dataset.identity, order=order)
-        of_each = RayPasses().each(read, [(name,) for name in names], num_cpus=FEED_CPUS)
+        of_each = RayPasses(resources).each(read, [(name,) for name in names], num_cpus=FEED_CPUS)
         sizes = dict(zip(names, of_each, strict=True))
         require_windows(dataset, sum(map(len, sizes.values())))
         return lambda members, epoch, group: count_batches(np.concatenate([sizes[name] for name in members]), order, epoch, group)

@@ -1,7 +1,7 @@
 """Evaluation of whole datasets: every evaluable user once, on any number of Ray workers."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ def evaluate_dataset(
     workers: int,
     cpus_per_worker: float,
     gpus_per_worker: float = 0,
+    resources: Mapping[str, float] | None = None,
+    data_resources: Mapping[str, float] | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Rank every evaluable user's target over the full catalogue, by a model and by the baselines.
@@ -48,6 +50,10 @@ def evaluate_dataset(
         ranks_url: where the ranks of single users go, one Parquet file a shard; None keeps none.
         workers: actors; each takes whole shards, and sums are whole numbers, so the figures do not
             depend on how many.
+        cpus_per_worker: what an actor reserves,
+        gpus_per_worker: and of GPUs,
+        resources: and of the cluster's own resources.
+        data_resources: what the tasks that count interactions reserve of those.
         progress: told of each shard that was counted and ranked.
 
     Raises:
@@ -60,7 +66,8 @@ def evaluate_dataset(
     shards = ray.data.from_items([{"shard": name} for name in names], override_num_blocks=len(names))
     since = recent_since(dataset, trained)
     count = functools.partial(_count, dataset=dataset, protocol=protocol, trained=trained, since=since)
-    counted = shards.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=cpus_per_worker)
+    data = dict(data_resources or {})
+    counted = shards.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=cpus_per_worker, resources=data)
     popularity, recent = np.zeros((2, dataset.num_items + 1), dtype=np.int64)
     facts: dict[str, int] = {}
     for found in _results(counted, "counted", len(names), progress):
@@ -78,7 +85,7 @@ def evaluate_dataset(
         ranks_url=ranks_url,
         popularity=popularity,
         recent=None if since is None else recent,
-        neighbours=collect_neighbours(dataset, trained, popularity, cpus_per_worker),
+        neighbours=collect_neighbours(dataset, trained, popularity, cpus_per_worker, data),
     )
     ranking = shards.map_batches(
         _Ranker,
@@ -88,6 +95,7 @@ def evaluate_dataset(
         concurrency=min(workers, len(names)),
         num_cpus=cpus_per_worker,
         num_gpus=gpus_per_worker,
+        resources=dict(resources or {}),
     )
     evaluation = comparison.nothing()
     for part in _results(ranking, "ranked", len(names), progress):

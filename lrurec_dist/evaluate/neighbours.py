@@ -27,7 +27,9 @@ class Neighbours(NamedTuple):
     scores: np.ndarray
 
 
-def collect_neighbours(dataset: SequenceDataset, split: Split, counts: np.ndarray, num_cpus: float) -> dict[str, Neighbours]:
+def collect_neighbours(
+    dataset: SequenceDataset, split: Split, counts: np.ndarray, num_cpus: float, resources: dict[str, float]
+) -> dict[str, Neighbours]:
     """Both `KINDS` of neighbours, from the training part alone, by Ray tasks.
 
     `markov`: how often an item follows directly. `neighbours`: how often two items are within
@@ -39,11 +41,12 @@ def collect_neighbours(dataset: SequenceDataset, split: Split, counts: np.ndarra
         dataset: what it is about.
         split: whose training part counts.
         counts: (num_items + 1,) int64, occurrences of each item in it.
-        num_cpus: logical CPUs that a task reserves.
+        num_cpus: logical CPUs that a task reserves,
+        resources: and how much of the cluster's own resources.
     """
     parts = 2 + int(counts.sum()) * 2 * WINDOW // _PAIRS  # of one alone Ray would return the list that has it
-    count = ray.remote(num_cpus=num_cpus, num_returns=parts, max_retries=3)(deal_pairs)
-    keep = ray.remote(num_cpus=num_cpus, max_retries=3)(keep_best)
+    count = ray.remote(num_cpus=num_cpus, resources=resources, num_returns=parts, max_retries=3)(deal_pairs)
+    keep = ray.remote(num_cpus=num_cpus, resources=resources, max_retries=3)(keep_best)
     dealt: list[Any] = [count.remote(name, dataset, split, parts) for name in dataset.shard_names]
     shared = ray.put(counts)
     kept = ray.get([keep.remote(shared, *[refs[part] for refs in dealt]) for part in range(parts)])

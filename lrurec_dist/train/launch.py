@@ -54,7 +54,7 @@ def launch_training(config: Config) -> None:
     check_workers(config)
     options = config.train
     cuda = use_cuda(options.device)
-    bundle = {"CPU": options.cpus_per_worker, **({"GPU": 1} if cuda else {})}
+    bundle = {"CPU": options.cpus_per_worker, **({"GPU": 1} if cuda else {}), **options.resources}
 
     def attempt(number: int, workers: int, heartbeats: Heartbeats) -> str:
         # only the first attempt may begin anew

@@ -111,6 +111,7 @@ class _Worker:
             rank=self.rank,
             world_size=self.world_size,
             feed=self.config.batch.feed,
+            resources=self.config.dataset.resources,
         )
         return iter_step_batches(batches, accumulation=self.engine.accumulation, device=self.device)
 

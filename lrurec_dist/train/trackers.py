@@ -91,6 +91,11 @@ def _wandb(run_url: str, settings: Mapping[str, Any]) -> tuple[_Scalars, Callabl
     return lambda numbers, step: run.log(numbers, step=step), run.finish
 
 
+def gauge_name(name: str) -> str:
+    """What a number is called in Ray's metrics export; Ray puts `ray_` before it."""
+    return "lrurec_" + re.sub(r"\W", "_", name.replace("@", "_at_"))
+
+
 def _ray(run_url: str, _: Mapping[str, Any]) -> tuple[_Scalars, Callable[[], object]]:
     from ray.util.metrics import Gauge
 
@@ -100,8 +105,7 @@ def _ray(run_url: str, _: Mapping[str, Any]) -> tuple[_Scalars, Callable[[], obj
         for name, value in {**numbers, "step": step}.items():
             known = gauges.get(name)
             if known is None:
-                metric = "lrurec_" + re.sub(r"\W", "_", name.replace("@", "_at_"))
-                known = gauges[name] = Gauge(metric, description=f"{name} of a training run", tag_keys=("run",))
+                known = gauges[name] = Gauge(gauge_name(name), description=f"{name} of a training run", tag_keys=("run",))
             known.set(value, tags={"run": run_url})
 
     return write, gauges.clear
