@@ -1,0 +1,1 @@
+"""Nights: one directory for each, run in order by one process at a time."""
