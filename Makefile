@@ -12,7 +12,7 @@ export TORCH RAY_USAGE_STATS_ENABLED
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help quickstart test faults check format clean always
+.PHONY: help quickstart test faults check check-cluster crds format clean always
 
 ifeq ($(wildcard cluster/install.sh),)
 $(error this is not the checkout; use make -C <checkout>)
@@ -29,7 +29,7 @@ ready := yours-
 endif
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
 	@echo "  PYTHON=/path/to/python uses that environment instead of .venv and adds what it lacks."
 	@echo "  TORCH=cpu or TORCH=cuda chooses the build that is installed; after make clean if there is one."
 
@@ -39,13 +39,16 @@ quickstart: $(ready)base ## log to verified bundle on a synthetic log, into runs
 test: $(ready)test ## run the tests
 	@"$(python)" -m pytest
 
-faults: $(ready)test ## run the tests that lose, drain and hang nodes of clusters of their own: many minutes
+faults: $(ready)test ## run the tests that lose, drain and hang nodes of clusters of their own, and kill nights: many minutes
 	@"$(python)" -m pytest -m faults
 
 check: $(ready)dev ## what a change has to pass besides the tests: format, lint, types
 	@"$(python)" -m ruff format --check .
 	@"$(python)" -m ruff check .
 	@"$(python)" -m mypy
+
+check-cluster: crds $(ready)test ## check cluster/ against the schemas of a KubeRay release: CRDS=<folder of its CRDs>
+	@CRDS="$(abspath $(CRDS))" "$(python)" -m pytest tests/test_cluster.py
 
 format: $(ready)dev ## apply the format and the fixes that are safe
 	@"$(python)" -m ruff check --fix --exit-zero --quiet .
@@ -62,5 +65,9 @@ clean: ## remove .venv, runs/quickstart and every cache
 # Somebody else's environment may change at any time, so it is looked at each time.
 yours-%: always
 	@sh cluster/install.sh $* "$(PYTHON)"
+
+# Before anything is installed.
+crds:
+	@test -d "$(CRDS)" || { echo "CRDS=$(CRDS): give the folder of a KubeRay release's CRDs, helm-chart/kuberay-operator/crds"; exit 2; }
 
 always:

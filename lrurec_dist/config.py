@@ -1,8 +1,9 @@
 """Every setting: frozen dataclasses that check their values.
 
-Those of the data plane are in `config_data.py`, those of the handoff in `config_serving.py`; `config_file.py` reads and
-writes all of them. Defaults are the paper's where the paper has one (arXiv 2310.02367). A number is stated once; what
-follows from others (DeepSpeed's JSON, directories) is derived where it is used.
+Those of the data plane are in `config_data.py`, those of the handoff in `config_serving.py`, those of nights in
+`config_night.py`; `config_file.py` reads and writes all of them. Defaults are the paper's where the paper has one
+(arXiv 2310.02367). A number is stated once; what follows from others (DeepSpeed's JSON, directories) is derived where
+it is used.
 """
 
 import math
@@ -10,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lrurec_dist import storage
-from lrurec_dist.config_data import BatchConfig, DatasetConfig, LogConfig, SplitConfig, SyntheticConfig, require
-from lrurec_dist.config_serving import BundleConfig, RecommendConfig
+from lrurec_dist.config_data import BatchConfig, DatasetConfig, LogConfig, SplitConfig, SyntheticConfig, require, require_custom
+from lrurec_dist.config_night import NightConfig
+from lrurec_dist.config_serving import BundleConfig, PublishConfig, RecommendConfig, ServeConfig, StatesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class TrainConfig:
     workers: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where this machine has it
     cpus_per_worker: float = 0.5  # logical CPUs Ray reserves; the rest is left to data tasks
+    resources: dict[str, float] = field(default_factory=dict)  # what a worker reserves besides, e.g. {gpu_node: 1}
     threads_per_worker: int = 0  # torch threads on CPU; 0: this machine's cores / workers
     zero_stage: int = 1  # partitioned over workers: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too
     offload_optimizer: Literal["none", "cpu"] = "none"  # cpu: a GPU's optimizer state lies, and steps, in host memory
@@ -113,6 +116,7 @@ class TrainConfig:
             self.new_item_vectors,
             "needs train.warm_start: without one every item is new; set it, or leave this empty",
         )
+        require_custom("train.resources", self.resources, "set train.cpus_per_worker, train.device")
         require(self.min_workers <= self.workers, "train.min_workers", self.min_workers, f"exceeds train.workers={self.workers}")
         require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "has to be 0, 1, 2 or 3")
         for name, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
@@ -182,7 +186,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     bundle: BundleConfig = field(default_factory=BundleConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
     recommend: RecommendConfig = field(default_factory=RecommendConfig)
+    states: StatesConfig = field(default_factory=StatesConfig)
+    night: NightConfig = field(default_factory=NightConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir", repr(self.run_dir), "needs a directory or URL")
@@ -241,3 +249,8 @@ class Config:
     def recommendations_url(self) -> str:
         """Where lists are written."""
         return self.recommend.dir or storage.join(self.run_dir, "recommendations")
+
+    @property
+    def states_url(self) -> str:
+        """Where states are written."""
+        return self.states.dir or storage.join(self.run_dir, "states")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,18 @@ def require(holds: bool, setting: str, value: object, rule: str) -> None:
     """
     if not holds:
         raise ConfigError(f"{setting}={value}: {rule}")
+
+
+def require_custom(setting: str, resources: Mapping[str, float], instead: str) -> None:
+    """Refuse resources that are Ray's own, and amounts that Ray cannot reserve; `instead` says how its own are asked for.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    own = sorted({"CPU", "GPU", "memory", "object_store_memory"} & resources.keys())
+    require(not own, setting, resources, f"{', '.join(own)} is Ray's own; {instead}")
+    wrong = {name: amount for name, amount in resources.items() if not 0 < amount < math.inf or (amount > 1 and amount % 1)}
+    require(not wrong, setting, wrong, "an amount is positive, and above 1 a whole number; e.g. {data_node: 0.01}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +50,10 @@ class LogConfig:
     keep: list[str] = field(default_factory=list)  # conditions, all of which a row satisfies: "event == click", "price > 0"
     since: str = ""  # first time to read: ISO 8601, or an integer in timestamp_unit; empty: all
     until: str = ""  # first time not to read any more
+    # Rows before the one, or from the other on, are rejected as late and future, into quarantine; of the files read now, so
+    # that each night may have its own. Written like log.since; empty: none.
+    min_time: str = ""
+    max_time: str = ""
     max_key_bytes: int = 256  # longer user and item keys are rejected
     duplicates: Literal["drop", "keep"] = "drop"  # of a row with the same user, item and timestamp
     # Of a user's events with an item, those at most so long after the last one that was kept are duplicates too: a
@@ -122,12 +139,16 @@ class DatasetConfig:
     min_item_count: int = 0  # interactions an item needs to be in the catalogue
     min_user_events: int = 0  # interactions of such items that a user needs
     k_core: Literal["once", "until_stable"] = "once"  # once: items, then users; until_stable: until both hold
+    # What a Ray task over the log or over sequences reserves besides its CPUs, by name: nodes started with such a resource
+    # are the ones that work on data, e.g. {data_node: 0.01}
+    resources: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.shards >= 0, "dataset.shards", self.shards, "cannot be negative; 0 follows from the size of the log")
         for name in ("min_item_count", "min_user_events"):
             require(getattr(self, name) >= 0, f"dataset.{name}", getattr(self, name), "cannot be negative; 0 filters nothing")
         require(not self.rebuild or bool(self.parent), "dataset.rebuild", self.rebuild, "is about dataset.parent, which is empty")
+        require_custom("dataset.resources", self.resources, "data tasks reserve their CPUs themselves")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "log.path",  # the dataset's manifest knows its sources better
     "log.snapshot",
     "dataset.dir",
+    "dataset.resources",
     "batch.feed",
     "bundle.",
     "model.table",
@@ -27,10 +28,15 @@ MAY_CHANGE = (
     "evaluate.both_splits",
     "evaluate.model",
     "evaluate.previous",
+    "publish.",
+    "night.",
     "recommend.",
+    "states.",
+    "serve.",
     "train.workers",
     "train.device",
     "train.cpus_per_worker",
+    "train.resources",
     "train.threads_per_worker",
     "train.zero_stage",
     "train.offload_optimizer",
@@ -83,11 +89,19 @@ def with_absolute_paths(config: Config) -> Config:
             previous=config.evaluate.previous if config.evaluate.previous == "none" else resolved(config.evaluate.previous),
         ),
         bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
+        night=dataclasses.replace(config.night, root=resolved(config.night.root)),
         recommend=dataclasses.replace(
             config.recommend,
             bundle=resolved(config.recommend.bundle),
             dir=resolved(config.recommend.dir),
             users=resolved(config.recommend.users),
+        ),
+        states=dataclasses.replace(config.states, bundle=resolved(config.states.bundle), dir=resolved(config.states.dir)),
+        serve=dataclasses.replace(
+            config.serve,
+            bundle=resolved(config.serve.bundle),
+            states=resolved(config.serve.states),
+            titles=resolved(config.serve.titles),
         ),
     )
 

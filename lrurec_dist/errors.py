@@ -10,7 +10,13 @@
     │   └── BundleError          70
     ├── StorageError             70  a store cannot hold or give what is asked: full disk, file replaced while read
     │   └── TryAgainError        75  a store fails for a reason that passes: network, throttling, server fault
+    ├── StateError               70  a user state cannot be used: its bytes are not those of a state
+    │   └── StateVersionError    70  another bundle made it; the user's history makes a new one
+    ├── RequestError             70  a request asks the service for what it cannot give; the service goes on
     ├── DivergenceError          70  the loss is no longer finite
+    ├── GateRefusedError         10  a bundle is not good enough to serve; the one before goes on serving
+    ├── LeaseError               40  another run holds the lease
+    ├── ChannelMovedError        75  somebody else moved a registry's channel meanwhile; the same command looks again
     ├── WorkersError             75  workers or nodes are lost, or not there, for longer than the settings allow
     └── StoppedError             75  somebody stopped the job; the same command goes on
 
@@ -72,8 +78,38 @@ class TryAgainError(StorageError):
     exit_code = 75
 
 
+class StateError(LrurecError):
+    """A user state cannot be used."""
+
+
+class StateVersionError(StateError):
+    """A user state was made by another bundle than the one that is asked; the user's history makes a new one."""
+
+
+class RequestError(LrurecError):
+    """A request asks the service for what it cannot give; its sender learns why."""
+
+
 class DivergenceError(LrurecError):
     """Training produced a loss that is not finite."""
+
+
+class GateRefusedError(LrurecError):
+    """The gate refuses a bundle; the decision record says which checks failed, with their numbers."""
+
+    exit_code = 10
+
+
+class LeaseError(LrurecError):
+    """Another run holds the lease of a directory, or took it over."""
+
+    exit_code = 40
+
+
+class ChannelMovedError(LrurecError):
+    """A channel of the registry is no longer what it was when the work began; nothing was changed."""
+
+    exit_code = 75
 
 
 class WorkersError(LrurecError):

@@ -278,5 +278,7 @@ def describe(record: Mapping[str, Any]) -> str:
             )
         case "note":
             return f"train: {record['text']}"
+        case "stage":
+            return f"night {record['night']}: {record['stage']} {record['result']} in {format_duration(record['seconds'])}"
         case kind:
             return f"{kind}: {json.dumps(dict(record))}"

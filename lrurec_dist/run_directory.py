@@ -20,8 +20,13 @@ def run_command(arguments: Sequence[str], run: Callable[[Config], object], *, de
     path, overrides = parsed.config, parsed.overrides
     if "=" in path:
         path, overrides = default_config, [path, *overrides]
+    return exit_code_after(lambda: run(with_absolute_paths(load_config(path, overrides))))
+
+
+def exit_code_after(command: Callable[[], object]) -> int:
+    """Run what a command line asks for and return the exit code; a failure is one clear line."""
     try:
-        run(with_absolute_paths(load_config(path, overrides)))
+        command()
     except LrurecError as error:
         say(f"{type(error).__name__}: {error}")
         return exit_code_of(error)

@@ -34,6 +34,8 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
         keep=tuple(log.keep),
         since=parse_time(log.since, unit, "log.since"),
         until=parse_time(log.until, unit, "log.until"),
+        late_before=parse_time(log.min_time, unit, "log.min_time"),
+        future_from=parse_time(log.max_time, unit, "log.max_time"),
         max_key_bytes=log.max_key_bytes,
         **columns,
     )
@@ -57,6 +59,7 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
         deleted_users=config.dataset.deleted_users,
         deleted_items=config.dataset.deleted_items,
         first_ids=config.dataset.first_ids,
+        resources=config.dataset.resources,
     )
     settings = config.dataset
     filters = Filters(
@@ -73,7 +76,9 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
         before = f"{settings.parent}{UNFILTERED}" if settings.parent else ""
         everything = replace(options, parent=before, first_ids="appearance")
         base, _ = prepare_dataset(f"{config.dataset_url}{UNFILTERED}", everything, progress_of("prepare"), session.connect)
-        dataset, was_there = filter_dataset(config.dataset_url, base, filters, parent, session.connect, settings.first_ids)
+        dataset, was_there = filter_dataset(
+            config.dataset_url, base, filters, parent, session.connect, settings.first_ids, settings.resources
+        )
     else:
         dataset, was_there = prepare_dataset(config.dataset_url, options, progress_of("prepare"), session.connect)
     facts = dataset.manifest
@@ -119,7 +124,7 @@ def prepare(config: Config, status: Status, session: RaySession) -> None:
 
 def audit(dataset: SequenceDataset, split: Split, stage: str, session: RaySession) -> SplitAudit:
     """Print the audit of a split, which is made unless the dataset has it."""
-    found, was_there = stored_audit(dataset, split, progress_of(stage), session.connect)
+    found, was_there = stored_audit(dataset, split, progress_of(stage), session.connect, session.data_resources)
     say(
         f"{stage}: split {describe_split(split, dataset.manifest['time_unit'])}; audited{' before' if was_there else ''}, "
         "nothing of a later part trains"

@@ -1,14 +1,12 @@
 """The stages of a run, from log to verified bundle, each committed before the next begins."""
 
-import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import ray
 import torch
 
-from lrurec_dist import __version__, storage
+from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import shaping_settings
 from lrurec_dist.data.batches import pad_left, untrained_targets
@@ -25,16 +23,19 @@ from lrurec_dist.reporting import (
 from lrurec_dist.run_directory import open_run, run_command
 from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
 from lrurec_dist.serve.recommender import Recommender
+from lrurec_dist.serve.stored_table import as_stored, candidate_bias
 from lrurec_dist.signals import interrupt, on_sigterm
-from lrurec_dist.stage_evaluate import best_checkpoint, evaluate
+from lrurec_dist.stage_evaluate import best_checkpoint, evaluate, read_figures
 from lrurec_dist.stage_prepare import audit, open_dataset, prepare
+from lrurec_dist.stage_publish import publish
 from lrurec_dist.stage_recommend import recommend
+from lrurec_dist.stage_states import make_states
 from lrurec_dist.train.checkpoint import load_model, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import find_checkpoint
 from lrurec_dist.train.launch import launch_training
 from lrurec_dist.train.order import data_order
 
-Stage = Literal["prepare", "train", "evaluate", "bundle", "recommend"]
+Stage = Literal["prepare", "train", "evaluate", "bundle", "publish", "recommend", "states"]
 
 
 def run_job(arguments: Sequence[str], *, stages: Sequence[Stage], description: str, default_config: str) -> int:
@@ -42,11 +43,12 @@ def run_job(arguments: Sequence[str], *, stages: Sequence[Stage], description: s
     return run_command(arguments, lambda config: run(config, stages), description=description, default_config=default_config)
 
 
-def run(config: Config, stages: Sequence[Stage]) -> None:
+def run(config: Config, stages: Sequence[Stage], before: Callable[[Stage], None] | None = None) -> None:
     """Run the given stages in order, skipping what is committed for the same inputs.
 
     `status.json` in the run directory says at any time which stage runs, what is finished, and in
-    the end the result and the exit code.
+    the end the result and the exit code. `before` is told of each stage before it begins; what it
+    raises ends the run.
     """
     status = open_run(config)
     started = time.perf_counter()
@@ -55,6 +57,8 @@ def run(config: Config, stages: Sequence[Stage]) -> None:
         with on_sigterm(interrupt):
             for stage in stages:
                 status.running(stage)
+                if before is not None:
+                    before(stage)
                 _STAGES[stage](config, status, session)
     except KeyboardInterrupt as error:
         stopped = StoppedError(f"stopped in stage {stage}; the same command goes on from what is committed")
@@ -101,8 +105,9 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
     manifest = read_checkpoint_manifest(best)
     evaluation = status.stages["evaluate"]["outputs"]
     model = load_model(best)
-    largest = max(float(layer.decay().abs().max()) for layer, _ in model.layers())
-    golden = _golden_answers(dataset, model, config)
+    largest = max(float(layer.decay().norm(dim=0).max()) for layer, _ in model.layers())
+    golden = _golden_answers(dataset, as_stored(model, config.bundle.table_dtype), config)
+    intervals = read_figures(config.run_dir, evaluation["split"]["kind"])["metrics"]
     url = save_bundle(
         config.registry_url,
         date=time.strftime("%Y-%m-%d", time.gmtime()),
@@ -113,7 +118,7 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
         catalogue=dataset.catalogue.table,
         catalogue_fingerprint=dataset.catalogue.fingerprint,
         golden=golden,
-        metrics={**evaluation, "largest_decay_modulus": largest},
+        metrics={**evaluation, "intervals": intervals, "largest_decay_modulus": largest},
         lineage={
             "sources": dataset.manifest["inputs"]["sources"],
             "dataset": dataset.url,
@@ -122,13 +127,10 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
             "users": dataset.manifest["users"],
             "checkpoint": best,
             "step": manifest["progress"]["step"],
-            "libraries": {
-                "lrurec_dist": __version__,
-                "torch": torch.__version__,
-                "ray": ray.__version__,
-                "python": platform.python_version(),
-            },
         },
+        table_dtype=config.bundle.table_dtype,
+        exports=config.bundle.exports,
+        parent=parent_version(config.train.warm_start),
     )
     try:
         recommender = Recommender.load(url)
@@ -137,8 +139,10 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
         raise
     difference = recommender.check_golden()
     say(f"bundle: {url}")
+    stored = "" if config.bundle.table_dtype == "float32" else f" with item rows of {config.bundle.table_dtype}"
     say(
-        f"bundle: verified; {len(golden.histories)} golden requests answered as by the trained model, largest score difference {difference:.1e}"
+        f"bundle: verified; {len(golden.histories)} golden requests answered as by the trained model{stored}, "
+        f"largest score difference {difference:.1e}"
     )
     for history in golden.histories[:3]:
         answers = ", ".join(f"{item.item_key} ({item.score:.2f})" for item in recommender.recommend(history, k=3))
@@ -146,8 +150,16 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
     status.commit("bundle", storage.fingerprint(manifest["files"]), {"url": url, "version": recommender.version})
 
 
+def parent_version(warm_start: str) -> str:
+    """Version of the bundle of the run, or of the run of the checkpoint, that training began from; empty if there is none."""
+    for run in filter(None, (warm_start, warm_start.rpartition("/checkpoints/")[0])):
+        if storage.exists(storage.join(run, "status.json")):
+            return str(Status(run).stages.get("bundle", {}).get("outputs", {}).get("version", ""))
+    return ""
+
+
 def _golden_answers(dataset: SequenceDataset, model: Any, config: Config) -> GoldenAnswers:
-    """What the trained model answers to the first users of the dataset, computed on item ids."""
+    """What a model answers to the first users of the dataset, computed on item ids."""
     histories: list[Any] = []
     for name in dataset.shard_names:
         shard = dataset.read_shard(name)
@@ -160,8 +172,17 @@ def _golden_answers(dataset: SequenceDataset, model: Any, config: Config) -> Gol
     pairs = [(row, item) for row, history in enumerate(histories) for item in history.tolist() if config.evaluate.exclude_history]
     rows, ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
     with torch.inference_mode():
-        best, scores = top_k(model.encode(item_ids), model.item_rows(), model.table.bias, GOLDEN_K, rows, ids)
+        bias = candidate_bias(model.table.bias, dataset.catalogue.table["status"])
+        best, scores = top_k(model.encode(item_ids), model.item_rows(), bias, GOLDEN_K, rows, ids)
     return GoldenAnswers([dataset.catalogue.keys_of(history) for history in histories], best, scores)
 
 
-_STAGES = {"prepare": prepare, "train": _train, "evaluate": evaluate, "bundle": _bundle, "recommend": recommend}
+_STAGES = {
+    "prepare": prepare,
+    "train": _train,
+    "evaluate": evaluate,
+    "bundle": _bundle,
+    "publish": publish,
+    "recommend": recommend,
+    "states": make_states,
+}

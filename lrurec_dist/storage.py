@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -54,6 +55,12 @@ def join(url: str, *parts: str) -> str:
 def exists(url: str) -> bool:
     """Whether a file or directory is there; a store that does not answer is an error, not an absence."""
     return _info(url) is not None
+
+
+def modified(url: str) -> float:
+    """When a file was written last, in seconds since 1970; FileNotFoundError if it is not there."""
+    fs, path = filesystem(url)
+    return float(retried("read", url, lambda: fs.modified(path).timestamp()))
 
 
 def _info(url: str) -> dict[str, Any] | None:
@@ -209,6 +216,15 @@ def read_table(url: str, columns: list[str] | None = None) -> pa.Table:
             return pq.ParquetFile(file, pre_buffer=True).read(columns)
 
     return retried("read", url, read)
+
+
+def iter_row_groups(url: str) -> Iterator[pa.Table]:
+    """The row groups of one Parquet file, one in memory at a time."""
+    fs, path = filesystem(url)
+    with pa.OSFile(path) if isinstance(fs, LocalFileSystem) else RetriedReader(fs, path, whole=False) as file:
+        parquet = pq.ParquetFile(file, pre_buffer=True)
+        for index in range(parquet.num_row_groups):
+            yield parquet.read_row_group(index)
 
 
 def list_files(url: str) -> list[str]:

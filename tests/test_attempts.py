@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lrurec_dist import nightly, storage
+from lrurec_dist import stages, storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import load_config
 from lrurec_dist.errors import DivergenceError, LrurecError, StoppedError, WorkersError
@@ -104,7 +104,7 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path,
     config = configure(tmp_path, dataset_url)
     acting = when(lambda: reached(tmp_path, 20), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(StoppedError, match="SIGTERM: stopped after step") as stopped:
-        nightly.run(config, ["train"])
+        stages.run(config, ["train"])
     acting.join()
     assert stopped.value.exit_code == 75
     status = storage.read_json(str(tmp_path / "status.json"))
@@ -112,7 +112,7 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path,
     at = max(losses(tmp_path))
     assert 20 <= at < 100, "before the first validation: the checkpoint is one that SIGTERM made"
     assert str(find_checkpoint(str(tmp_path), "last")).endswith(f"step_{at:06d}")
-    nightly.run(config, ["train"])
+    stages.run(config, ["train"])
     assert storage.read_json(str(tmp_path / "status.json"))["result"] == "done"
     assert losses(tmp_path) == losses(undisturbed)
     assert len(records(tmp_path, "train")) == 300, "no step was made twice"

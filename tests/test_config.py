@@ -142,6 +142,14 @@ def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
             "is below train.workers=200",
             "raise the batch or take fewer workers",
         ),
+        (["train.resources={GPU: 1}"], "train.resources={'GPU': 1.0}", "GPU is Ray's own", "set train.cpus_per_worker"),
+        (
+            ["dataset.resources={data_node: 0}"],
+            "dataset.resources={'data_node': 0.0}",
+            "an amount is positive",
+            "data_node: 0.01",
+        ),
+        (["dataset.resources={data_node: 1.5}"], "dataset.resources={'data_node': 1.5}", "above 1 a whole", "data_node: 0.01"),
         (["train.zero_stage=4"], "train.zero_stage=4", "has to be", "0, 1, 2 or 3"),
         (
             ["train.offload_optimizer=cpu", "train.zero_stage=0"],
@@ -291,6 +299,15 @@ def test_an_impossible_combination_names_setting_rule_and_way_out(overrides, set
         "evaluate.ks=[0,10]",
         "evaluate.batch_size=0",
         "bundle.golden_requests=0",
+        "publish.metrics=[]",
+        "publish.metrics=[recall@50]",
+        "publish.margin=-0.01",
+        "publish.margin=.inf",
+        "publish.against_baselines=[best]",
+        "publish.min_coverage_share=1.5",
+        "publish.load_timeout_s=0.0",
+        "publish.keep=-1",
+        "bundle.exports=[onnx,tensorrt]",
         "run_dir=''",
     ],
 )
@@ -298,6 +315,11 @@ def test_a_value_outside_its_range_names_its_setting(override):
     with pytest.raises(ConfigError) as error:
         load_config(overrides=[override])
     assert str(error.value).startswith(override.split("=")[0] + "=")
+
+
+def test_a_floor_is_set_by_the_name_of_its_metric():
+    config = load_config(overrides=["publish.floors.recall@10=0.05", "publish.floors.coverage@10=0.1"])
+    assert config.publish.floors == {"recall@10": 0.05, "coverage@10": 0.1}
 
 
 @pytest.mark.parametrize("override", ["train.max_steps", "--seed=5", "=5", ""])

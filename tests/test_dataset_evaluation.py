@@ -18,6 +18,7 @@ from lrurec_dist.evaluate.bootstrap import ReplicateSums
 from lrurec_dist.evaluate.dataset_evaluation import evaluate_dataset
 from lrurec_dist.evaluate.evaluation import RankingProtocol
 from lrurec_dist.evaluate.ranks import compare_with
+from lrurec_dist.evaluate.segments import in_order, popularity_deciles
 from lrurec_dist.evaluate.shard_evaluation import Evaluation, Figures, count_shard
 from lrurec_dist.evaluate.summary import differences, summarise
 from lrurec_dist.model.lrurec import LRURec
@@ -116,6 +117,7 @@ def test_each_user_is_ranked_once_by_every_model_and_baselines_are_what_they_say
         row = rows[key]
         assert (row["target"], row["history_length"], row["new_user"]) == (target, len(history), False)
         assert row["gap_us"] == times[-1] - times[-2]
+        assert row["popularity_decile"] == popularity_deciles(counts)[target]
         for baseline, scores in (("popularity", counts), ("recent_popularity", recent), ("markov", follows[history[-1]])):
             assert row[f"rank_{baseline}"] == rank_of(scores.tolist(), target, set(history)), baseline
     assert recent.sum() > 3
@@ -127,7 +129,7 @@ def test_each_user_is_ranked_once_by_every_model_and_baselines_are_what_they_say
 
 def test_segments_of_a_scheme_add_up_to_everybody(by_one: tuple[Path, Evaluation]) -> None:
     _, evaluation = by_one
-    for scheme, segments in itertools.groupby(evaluation.segments_in_order(), key=lambda entry: entry[0][0]):
+    for scheme, segments in itertools.groupby(in_order(evaluation.segments), key=lambda entry: entry[0][0]):
         total = np.sum([sums.sums for _, sums in segments], axis=0)
         assert total[0, 0] == evaluation.users, scheme
         first = evaluation.metrics.names.index("model/recall@10")
@@ -150,13 +152,19 @@ def test_two_evaluations_are_compared_on_the_users_of_both_who_were_asked_for_th
             str(tmp_path / "before" / "ranks" / f"part-{part:05d}.parquet"), table.slice(part * 40, 40 + part * 99)
         )
     options = {"ks": (1, 10), "num_items": NUM_ITEMS, "num_items_before": NUM_ITEMS + 5, "replicates": 60, "seed": 1}
-    sums, others = compare_with(str(url), str(tmp_path / "before"), **options)  # type: ignore[arg-type]
+    sums, segments, others = compare_with(str(url), str(tmp_path / "before"), **options)  # type: ignore[arg-type]
     assert (sums.users, others) == (now.users - 2, 1)
     found = differences(sums, "now/", "before/")
     assert found["mean_rank"] == {"value": -1, "low": -1, "high": -1, "beyond_noise": True}
     kept = [row["rank_model"] for row in rows[1:-1]]
     assert found["recall@10"]["value"] == pytest.approx(sum(rank == 10 for rank in kept) / len(kept))
-    same, nobody = compare_with(str(url), str(url), **{**options, "num_items_before": NUM_ITEMS})  # type: ignore[arg-type]
+    deciles = [row["popularity_decile"] for row in rows[1:-1]]
+    head = segments["target's popularity", "decile 1"]
+    assert head.users == deciles.count(0) > 0
+    assert differences(head, "now/", "before/")["mean_rank"]["value"] == -1
+    for _, of_scheme in itertools.groupby(in_order(segments), key=lambda entry: entry[0][0]):
+        assert np.array_equal(np.sum([of_segment.sums for _, of_segment in of_scheme], axis=0), sums.sums)
+    same, _, nobody = compare_with(str(url), str(url), **{**options, "num_items_before": NUM_ITEMS})  # type: ignore[arg-type]
     assert (same.users, nobody) == (now.users, 0)
     assert not any(figure["beyond_noise"] for figure in differences(same, "now/", "before/").values())
 

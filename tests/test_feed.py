@@ -96,7 +96,7 @@ ORDERS = {
 @pytest.mark.usefixtures("ray_session")
 def test_this_process_counts_batches_exactly_and_reads_no_shard_for_it(dataset, name):
     order = ORDERS[name]
-    batches_of = ray_feed._batch_counter(Unread(dataset.url), order)
+    batches_of = ray_feed._batch_counter(Unread(dataset.url), order, {})
     for epoch in range(3):
         for group, members in enumerate(group_shards(dataset.shard_names, order, epoch)):
             windows = TrainingWindows([read_for_training(dataset, member, order) for member in members], order)

@@ -15,6 +15,7 @@ FOUNDATION = {
     "errors",
     "config",
     "config_data",
+    "config_night",
     "config_serving",
     "config_file",
     "storage",
@@ -41,18 +42,23 @@ MAY_IMPORT = {
     "report": set(),
     "run_report": {"report", "data", "model"},
     "stage_evaluate": {"ray_session", "stage_prepare", "run_report", "serve", "train", "evaluate", "data", "model"},
+    "stage_publish": {"ray_session", "stage_prepare", "stage_evaluate", "serve", "evaluate", "data"},
     "stage_recommend": {"ray_session", "serve", "data"},
+    "stage_states": {"stage_recommend", "ray_session", "serve", "data"},
     "stages": {
         "ray_session",
         "stage_prepare",
         "stage_evaluate",
+        "stage_publish",
         "stage_recommend",
+        "stage_states",
         "serve",
         "train",
         "evaluate",
         "data",
         "model",
     },
+    "nightly": {"stages", "stage_evaluate", "stage_prepare", "run_report", "serve", "data"},
 }
 
 # Third-party packages that only these modules (or whole layers) may import.
@@ -62,6 +68,7 @@ ONLY_IN = {
         *(f"train/{name}.py" for name in ("launch", "attempts", "failures", "heartbeats", "placing", "trackers")),
         "evaluate/dataset_evaluation.py",
         "evaluate/neighbours.py",
+        "serve/app.py",
         "ray_session.py",
         "stages.py",
     },
@@ -70,7 +77,14 @@ ONLY_IN = {
     "deltalake": {"data/delta.py"},
     "pyiceberg": {"data/iceberg.py"},
     "triton": {"model/scan_triton.py"},
+    **{name: {"serve/export.py"} for name in ("onnx", "onnxruntime", "onnxscript")},
     "tqdm": {"reporting.py"},
+    "fastapi": {"serve/http_api.py"},
+    "starlette": {"serve/http_api.py"},
+    "pydantic": {"serve/http_models.py", "train/deepspeed_config.py"},
+    "uvicorn": {"serve/http_server.py"},
+    "prometheus_client": {"serve/service_metrics.py"},
+    "redis": {"serve/redis_store.py"},
 }
 
 
@@ -135,7 +149,7 @@ def test_preparation_does_without_torch(path: Path) -> None:
 
 
 def test_the_recommender_loads_neither_ray_nor_deepspeed_nor_omegaconf() -> None:
-    script = "import sys, lrurec_dist.serve.recommender; print(*{'ray', 'deepspeed', 'omegaconf', 'pandas'} & set(sys.modules))"
+    script = "import sys, lrurec_dist.serve.service, lrurec_dist.serve.state_files; print(*{'ray', 'deepspeed', 'omegaconf', 'pandas', 'fastapi', 'redis'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.split() == []
 

@@ -156,6 +156,7 @@ def test_a_job_on_a_terminal_shows_bars_and_one_without_does_not(tmp_path: Path)
         ("prepare", ["log.path=/no/such/log.parquet"], 20, "log.path=/no/such/log.parquet: no file there"),
         ("prepare", ["log.path={log}", "log.item_column=itm"], 21, "log.item_column=itm"),
         ("evaluate", [], 20, "run jobs/prepare.py first"),
+        ("publish", [], 20, "has no bundle; run jobs/train.py first"),
     ],
 )
 def test_a_bad_start_ends_with_one_clear_line_and_its_code(

@@ -28,6 +28,8 @@ class EventRules:
     keep: tuple[str, ...] = ()  # conditions that a row has to satisfy, all of them; see `parse_condition`
     since: int | None = None  # first stored time to read (microseconds since 1970, or position)
     until: int | None = None  # first stored time that is not read any more
+    late_before: int | None = None  # rows of an earlier stored time come too late and are rejected
+    future_from: int | None = None  # rows of this stored time or a later one cannot be and are rejected
     max_key_bytes: int = 256
 
     @property
@@ -53,7 +55,7 @@ def read_unit(unit: ReadUnit, rules: EventRules) -> Iterator[EventBlock]:
     need not have an item. A row that satisfies all and is unusable is quarantined as it stands in the
     file, with its number there and the first of these reasons: malformed_row, unreadable_condition,
     wrong_type, null_user_key, null_item_key, oversized_key, null_timestamp, unparsable_timestamp,
-    out_of_range_timestamp. Of JSON Lines it is the line (`_line`), since values of one name may be of
+    out_of_range_timestamp, late, future. Of JSON Lines it is the line (`_line`), since values of one name may be of
     several types. A usable row outside the time window is filtered.
 
     Keys of Parquet and JSON Lines are integers or strings as they are there; those of CSV are strings.
@@ -117,6 +119,10 @@ def _judge(
         ("unparsable_timestamp", True, unparsable),
         ("out_of_range_timestamp", True, out_of_range),
     ]
+    if rules.late_before is not None:
+        verdicts.append(("late", True, mask_of(pc.less(times, rules.late_before))))
+    if rules.future_from is not None:
+        verdicts.append(("future", True, mask_of(pc.greater_equal(times, rules.future_from))))
     if rules.since is not None:
         verdicts.append(("before log.since", False, mask_of(pc.less(times, rules.since))))
     if rules.until is not None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ class PrepareOptions:
     not seen; with `rebuild` the whole log is read again and only its item ids are kept.
     `deleted_users` and `deleted_items` are files of keys, one a line, of whom nothing is kept.
     `first_ids`: without a parent, item ids follow the first appearance, or how often the rows that
-    were read and are usable name an item, duplicates included.
+    were read and are usable name an item, duplicates included. `resources` is what its Ray tasks reserve
+    besides their CPUs; the dataset does not depend on it.
     """
 
     log_path: str
@@ -50,6 +51,7 @@ class PrepareOptions:
     deleted_users: str = ""
     deleted_items: str = ""
     first_ids: Literal["appearance", "count"] = "appearance"
+    resources: Mapping[str, float] | None = None
 
 
 def prepare_dataset(
@@ -102,7 +104,7 @@ def prepare_dataset(
     notes = inspect_schemas(fresh, options.rules) if fresh else []
     units = read_units(fresh, UNIT_BYTES)
     merged_bytes = base.sequence_bytes if base else 0
-    passes = passes_for(sum(map(_size_of, units)) + merged_bytes, connect)
+    passes = passes_for(sum(map(_size_of, units)) + merged_bytes, connect, options.resources)
 
     parts: list[PartReport] = []
     progress("read", 0, len(units), "parts")
@@ -196,6 +198,7 @@ def _inputs(
 ) -> dict[str, Any]:
     """Everything that decides what the dataset holds; another preparation with the same finds it done."""
     rules = options.rules
+    accepted = (rules.late_before, rules.future_from)
     seen = base.manifest["inputs"]["sources"] if base else {}
     if base:
         shards = int(base.manifest["inputs"]["shards"])
@@ -211,6 +214,7 @@ def _inputs(
         "timestamp_unit": rules.timestamp_unit,
         "keep": list(rules.keep),
         "window": [rules.since, rules.until],
+        **({} if accepted == (None, None) else {"accepted": list(accepted)}),  # of the files read now: a merge may have others
         "max_key_bytes": rules.max_key_bytes,
         "drop_duplicates": options.drop_duplicates,
         "max_user_events": options.max_user_events,

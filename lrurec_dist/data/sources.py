@@ -98,7 +98,7 @@ def resolve_sources(
             of files without partition.
     """
     versions = table.versions if table else _list(path)
-    partitions = table.partitions if table else {url: _partition_of(url, partition_column) for url in versions}
+    partitions = table.partitions if table else {url: partition_of(url, partition_column) for url in versions}
     if from_partition or to_partition:
         versions = _prune(path, versions, partitions, partition_column, from_partition, to_partition)
     log_format = "parquet" if table else log_format
@@ -117,7 +117,7 @@ def _list(path: str) -> dict[str, str]:
     return versions
 
 
-def _partition_of(url: str, column: str) -> str | None:
+def partition_of(url: str, column: str) -> str | None:
     """The file's partition value; empty for the null partition, None where no directory names one."""
     for directory in reversed(url.split("/")[:-1]):
         name, equals, value = directory.partition("=")
