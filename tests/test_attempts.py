@@ -99,6 +99,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_e
     assert said[0].endswith(" steps are repeated")
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_session")
 def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, dataset_url: str, undisturbed: Path) -> None:
     config = configure(tmp_path, dataset_url)
