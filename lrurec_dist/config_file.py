@@ -88,7 +88,9 @@ def with_absolute_paths(config: Config) -> Config:
             model=resolved(config.evaluate.model),
             previous=config.evaluate.previous if config.evaluate.previous == "none" else resolved(config.evaluate.previous),
         ),
-        bundle=dataclasses.replace(config.bundle, registry=resolved(config.bundle.registry)),
+        bundle=dataclasses.replace(
+            config.bundle, registry=resolved(config.bundle.registry), titles=resolved(config.bundle.titles)
+        ),
         night=dataclasses.replace(config.night, root=resolved(config.night.root)),
         recommend=dataclasses.replace(
             config.recommend,
@@ -101,7 +103,6 @@ def with_absolute_paths(config: Config) -> Config:
             config.serve,
             bundle=resolved(config.serve.bundle),
             states=resolved(config.serve.states),
-            titles=resolved(config.serve.titles),
         ),
     )
 

@@ -13,6 +13,7 @@ class BundleConfig:
     """The artefact that goes to serving."""
 
     registry: str = ""  # empty: <run_dir>/registry
+    titles: str = ""  # Parquet or CSV files with item_key and title, for people who read answers
     golden_requests: int = 32  # histories whose answers travel with the bundle
     table_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of item rows in the file; loaded they are float32
     exports: list[str] = field(default_factory=list)  # for other runtimes: torch, onnx, vectors
@@ -103,7 +104,6 @@ class ServeConfig:
     token_variable: str = ""  # environment variable with the bearer token that requests need; empty: they need none
     allow_open: bool = False  # listen to other machines without a token
     states: str = ""  # URL of states that jobs/states.py made, to start with
-    titles: str = ""  # Parquet file with item_key and title, for people who read answers
     redis_variable: str = ""  # environment variable with the URL of the Redis for sessions; empty: they stay in the process
     session_days: float = 30.0  # a session in Redis goes so long after its last event
     sessions: int = 100_000  # held in a process; the least recently used goes first. Some 5 KB each

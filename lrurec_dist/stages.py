@@ -11,6 +11,7 @@ from lrurec_dist.config import Config
 from lrurec_dist.config_file import shaping_settings
 from lrurec_dist.data.batches import pad_left, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
+from lrurec_dist.data.titles import read_titles
 from lrurec_dist.errors import BundleError, ConfigError, LrurecError, StoppedError
 from lrurec_dist.evaluate.ranking import top_k
 from lrurec_dist.ray_session import RaySession
@@ -107,6 +108,11 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
     model = load_model(best)
     largest = max(float(layer.decay().norm(dim=0).max()) for layer, _ in model.layers())
     golden = _golden_answers(dataset, as_stored(model, config.bundle.table_dtype), config)
+    catalogue = dataset.catalogue.table
+    if config.bundle.titles:
+        titles = read_titles(config.bundle.titles, dataset.catalogue)
+        say(f"bundle: titles of {len(titles) - titles.null_count:,} of {len(titles):,} items, from {config.bundle.titles}")
+        catalogue = catalogue.append_column("title", titles)
     intervals = read_figures(config.run_dir, evaluation["split"]["kind"])["metrics"]
     url = save_bundle(
         config.registry_url,
@@ -115,7 +121,7 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
         model_arguments=manifest["model"],
         max_length=config.batch.max_length,
         exclude_history=config.evaluate.exclude_history,
-        catalogue=dataset.catalogue.table,
+        catalogue=catalogue,
         catalogue_fingerprint=dataset.catalogue.fingerprint,
         golden=golden,
         metrics={**evaluation, "intervals": intervals, "largest_decay_modulus": largest},

@@ -9,11 +9,12 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import uvicorn
@@ -34,9 +35,13 @@ NUM_ITEMS, MAX_LENGTH = 60, 8
 SHAPE = {"num_items": NUM_ITEMS, "dim": 8, "hidden": 8, "blocks": 2, "dropout": 0.0, "ring": [0.8, 0.99]}
 
 
-def write_versions(place: Path, count: int = 2) -> tuple[str, list[str]]:
+def write_versions(place: Path, count: int = 2, titles: Mapping[str, str] | None = None) -> tuple[str, list[str]]:
     """A registry whose versions answer differently, the first one champion: its URL, and the versions."""
     dataset = write_dataset(f"{place}/dataset", [[1, 2, 3], [4]], NUM_ITEMS)
+    catalogue = dataset.catalogue.table
+    if titles:
+        found = [titles.get(key) for key in dataset.catalogue.keys.to_pylist()]
+        catalogue = catalogue.append_column("title", pa.array(found, pa.large_string()))
     registry, versions = f"{place}/registry", []
     for seed in range(count):
         torch.manual_seed(seed)
@@ -59,7 +64,7 @@ def write_versions(place: Path, count: int = 2) -> tuple[str, list[str]]:
             model_arguments=SHAPE,
             max_length=MAX_LENGTH,
             exclude_history=True,
-            catalogue=dataset.catalogue.table,
+            catalogue=catalogue,
             catalogue_fingerprint=dataset.catalogue.fingerprint,
             golden=GoldenAnswers([dataset.catalogue.keys_of([1, 2, 3])], ids, scores),
             metrics={"model": {"recall@10": 0.5}, "popularity": {"recall@10": 0.1}, "users": 2, "largest_decay_modulus": 0.99},

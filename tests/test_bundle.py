@@ -158,13 +158,23 @@ def test_a_bundle_may_lie_in_any_store(dataset: SequenceDataset) -> None:
     assert Recommender.load(url).num_items == NUM_ITEMS
 
 
-def test_titles_come_along_where_the_catalogue_has_them(tmp_path: Path, dataset: SequenceDataset, whole: Path) -> None:
-    titles = [f"Title {item}" for item in range(1, NUM_ITEMS + 1)]
-    url = write(str(tmp_path), dataset, catalogue=dataset.catalogue.table.append_column("title", pa.array(titles)))
-    loaded = load_bundle(url).item_titles
-    assert loaded is not None
-    assert loaded.to_pylist() == titles
-    assert load_bundle(str(whole)).item_titles is None
+def test_titles_come_along_and_make_another_version_where_the_catalogue_has_them(
+    tmp_path: Path, dataset: SequenceDataset, whole: Path
+) -> None:
+    versions = {whole.name}
+    for titles in ([f"Title {item}" for item in range(1, NUM_ITEMS)] + [None], ["Another"] + [None] * (NUM_ITEMS - 1)):
+        column = pa.array(titles, pa.large_string())
+        url = write(str(tmp_path), dataset, catalogue=dataset.catalogue.table.append_column("title", column))
+        bundle = load_bundle(url)
+        assert bundle.item_titles is not None
+        assert bundle.item_titles.to_pylist() == titles
+        assert bundle.manifest["titles"] == NUM_ITEMS - titles.count(None)
+        assert bundle.manifest["catalogue_fingerprint"] == dataset.catalogue.fingerprint
+        versions.add(bundle.version)
+    assert len(versions) == 3
+    without = load_bundle(str(whole))
+    assert without.item_titles is None
+    assert "titles" not in without.manifest
 
 
 def test_files_that_the_manifest_does_not_list_are_not_looked_at(copy: Path) -> None:

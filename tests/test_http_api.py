@@ -5,13 +5,10 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import urlsplit
 
-import pyarrow as pa
 import pytest
 
-from lrurec_dist import storage
 from lrurec_dist.serve.recommender import Recommender
 from lrurec_dist.serve.registry import version_url
 from tests.services import call, in_thread, write_versions
@@ -22,7 +19,7 @@ TOKEN = "a token that nobody guesses"  # noqa: S105
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
-    return write_versions(tmp_path_factory.mktemp("http"), 1)
+    return write_versions(tmp_path_factory.mktemp("http"), 1, {"i002": "Alpha Centauri", "i041": "Beta"})
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +28,8 @@ def recommender(registry: tuple[str, list[str]]) -> Recommender:
 
 
 @pytest.fixture(scope="module")
-def service(registry: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    titles = str(tmp_path_factory.mktemp("titles") / "titles.parquet")
-    storage.write_table(titles, pa.table({"item_key": ["i002", "i041", "gone"], "title": ["Alpha Centauri", "Beta", "Alpha"]}))
-    with in_thread(registry[0], titles=titles, max_k=20, max_events=50, max_filter=30, max_body_bytes=4000) as url:
+def service(registry: tuple[str, list[str]]) -> Iterator[str]:
+    with in_thread(registry[0], max_k=20, max_events=50, max_filter=30, max_body_bytes=4000) as url:
         yield url
 
 
@@ -51,6 +46,11 @@ def test_answers_are_those_of_the_recommender(service: str, recommender: Recomme
     assert [item["item_key"] for item in answer["items"]] == [item.item_key for item in expected]
     assert [item["score"] for item in answer["items"]] == pytest.approx([item.score for item in expected], rel=1e-4)
     facts = {name: answer[name] for name in ("version", "unknown_items", "rebuilt", "state")}
+    titles = {
+        item["item_key"]: item["title"]
+        for item in call(f"{service}/recommend", {"events": [], "allow": ["i002", "i003"]})[1]["items"]
+    }
+    assert titles == {"i002": "Alpha Centauri", "i003": None}
     assert facts == {"version": recommender.version, "unknown_items": 1, "rebuilt": False, "state": None}
 
 
@@ -167,7 +167,8 @@ def test_items_are_found_by_key_and_title_those_that_begin_so_first(service: str
         return [(item["item_key"], item["title"]) for item in items]
 
     assert found("I04", 3) == [("i040", None), ("i041", "Beta"), ("i042", None)]
-    assert found("alpha") == [("i002", "Alpha Centauri")], "an item that the catalogue does not have is not offered"
+    assert found("cent") == [("i002", "Alpha Centauri")]
+    assert found("b") == [("i041", "Beta")]
     assert [key for key, _ in found("10")] == ["i010"]
     assert [key for key, _ in found("", 2)] == ["i001", "i002"]
     assert found("nowhere") == []
@@ -195,16 +196,3 @@ def test_figures_count_what_happened(registry: tuple[str, list[str]]) -> None:
         f'lrurec_bundle{{version="{registry[1][0]}"}} 1.0',
     ):
         assert line in lines
-
-
-def test_titles_in_a_file_of_another_shape_are_refused(registry: tuple[str, list[str]], tmp_path: Path) -> None:
-    from lrurec_dist.errors import ConfigError
-
-    for table in (None, pa.table({"item_key": ["i001"]})):
-        if table is not None:
-            storage.write_table(f"{tmp_path}/titles.parquet", table)
-        with (
-            pytest.raises(ConfigError, match=r"serve\.titles=.*item_key and title"),
-            in_thread(registry[0], titles=f"{tmp_path}/titles.parquet"),
-        ):
-            pass

@@ -48,7 +48,8 @@ def read_status(run: Path) -> dict[str, object]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One whole run of the main job, from the embedded default log to the bundle."""
     run = tmp_path_factory.mktemp("job") / "run"
-    return run, run_job("train", f"run_dir={run}", *SMALL)
+    (run.parent / "titles.csv").write_text("item_key,title\nitem-00001,The first\n")
+    return run, run_job("train", f"run_dir={run}", f"bundle.titles={run.parent}/*.csv", *SMALL)
 
 
 def test_the_main_job_ends_with_metrics_bundle_and_recommendations(
@@ -65,6 +66,7 @@ def test_the_main_job_ends_with_metrics_bundle_and_recommendations(
     assert bundle is not None
     assert status["bundle"] == bundle[1]
     recommender = Recommender.load(bundle[1])
+    assert recommender.item_keys.title_of("item-00001") == "The first"
     assert len(recommender.recommend(["item-00001"], k=5)) == 5
     assert "synthetic" in (run / "config.yaml").read_text()
     assert (run / "metrics.jsonl").read_text().count('"kind": "validation"') == 2
@@ -92,7 +94,7 @@ def test_the_trained_model_beats_popularity_clearly(finished: tuple[Path, subpro
 
 def test_a_second_run_skips_every_stage_and_says_so(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     run, first = finished
-    again = run_job("train", f"run_dir={run}", *SMALL)
+    again = run_job("train", f"run_dir={run}", f"bundle.titles={run.parent}/*.csv", *SMALL)
     assert again.returncode == 0, again.stdout + again.stderr
     assert [line.split(":")[0] for line in again.stdout.splitlines() if "skipped" in line] == ["prepare", "train", "evaluate"]
     assert re.findall(r"^bundle: /.*", again.stdout, re.M) == re.findall(r"^bundle: /.*", first.stdout, re.M)

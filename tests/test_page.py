@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
-from lrurec_dist import storage
 from lrurec_dist.serve.recommender import Recommender
 from lrurec_dist.serve.registry import version_url
 from tests.browser import Browser, browser
@@ -23,11 +21,9 @@ def window() -> Iterator[Browser]:
 
 
 def test_a_person_types_a_history_and_sees_the_state_move(window: Browser, tmp_path: Path) -> None:
-    registry, versions = write_versions(tmp_path, 1)
+    registry, versions = write_versions(tmp_path, 1, {"i007": "<b>Alpha</b> & Centauri"})
     recommender = Recommender.load(version_url(registry, versions[0]))
-    titles = f"{tmp_path}/titles.parquet"
-    storage.write_table(titles, pa.table({"item_key": ["i007"], "title": ["<b>Alpha</b> & Centauri"]}))
-    with in_thread(registry, titles=titles) as url:
+    with in_thread(registry) as url:
         window.open(url)
         window.wait(IDLE)
         assert window.texts("#version, #events, #origin") == [versions[0], "0", "new"]

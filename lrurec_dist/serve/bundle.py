@@ -102,6 +102,7 @@ def save_bundle(
 
     Args:
         model: as trained, in float32.
+        catalogue: its table; a column `title`, null where an item has none, goes along.
         golden: what `as_stored(model, table_dtype)` answers.
         metrics: values by metric of `model` and `popularity`; with `intervals`, by model and metric, where known.
         table_dtype: one of `TABLE_DTYPES`.
@@ -141,6 +142,9 @@ def save_bundle(
         "exports": list(exports),
     }
     hashes = {_WEIGHTS: storage.sha256(weights), **{name: storage.sha256(data) for name, data in small.items()}}
+    if "title" in catalogue.column_names:  # what the fingerprint does not cover
+        description["titles"] = catalogue.num_rows - catalogue["title"].null_count
+        hashes["titles"] = storage.fingerprint(catalogue["title"].to_pylist())
     identity = {"description": description, "files": hashes, "config": config, "metrics": metrics, "lineage": lineage}
     version = f"{date}-{storage.fingerprint(identity)}"
     url = storage.join(registry_url, "versions", version)

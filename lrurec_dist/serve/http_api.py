@@ -1,8 +1,8 @@
 """The service over HTTP, as a plain ASGI application: whatever runs ASGI runs it."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ class ApiOptions:
         max_body_bytes: of a request.
         batches: as `Batcher`.
         digest: `token_digest` of the token; None: none is asked for.
-        titles: by item key.
     """
 
     max_events: int
@@ -58,7 +57,6 @@ class ApiOptions:
     max_body_bytes: int
     batches: BatchOptions
     digest: bytes | None = None
-    titles: Mapping[Key, str] = field(default_factory=dict)
 
 
 def build_api(service: Service, options: ApiOptions, follower: ChampionFollower | None = None) -> Application:
@@ -92,8 +90,6 @@ def build_api(service: Service, options: ApiOptions, follower: ChampionFollower 
 
 
 def _add_answers(api: FastAPI, service: Service, batcher: Batcher[Ask, Answer], options: ApiOptions) -> None:
-    titles = options.titles
-
     @api.post("/recommend")
     async def recommend(request: RecommendRequest) -> RecommendAnswer:
         """The k best items after a user's events, best first."""
@@ -113,7 +109,7 @@ def _add_answers(api: FastAPI, service: Service, batcher: Batcher[Ask, Answer], 
                 allow=None if request.allow is None else tuple(request.allow),
             )
         )
-        items = [Item(item_key=key, score=score, title=titles.get(key)) for key, score in answer.items]
+        items = [Item(item_key=key, score=score, title=answer.item_keys.title_of(key)) for key, score in answer.items]
         return RecommendAnswer(items=items, state=_view(answer), **_about(answer))
 
     @api.post("/events")
@@ -128,8 +124,9 @@ def _add_answers(api: FastAPI, service: Service, batcher: Batcher[Ask, Answer], 
     @api.get("/items")
     def items(search: str = Query("", max_length=200), limit: int = Query(20, ge=1, le=_FOUND_ITEMS)) -> FoundItems:
         """Items of the catalogue whose key or title holds a text."""
-        keys = find_items(service.live.current.item_keys, titles, search, limit)
-        return FoundItems(items=[FoundItem(item_key=key, title=titles.get(key)) for key in keys])
+        item_keys = service.live.current.item_keys
+        found = find_items(item_keys, search, limit)
+        return FoundItems(items=[FoundItem(item_key=key, title=item_keys.title_of(key)) for key in found])
 
 
 def _add_facts(api: FastAPI, service: Service, metrics: ServiceMetrics) -> None:

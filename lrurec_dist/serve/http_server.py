@@ -16,7 +16,6 @@ from lrurec_dist.serve.batching import BatchOptions
 from lrurec_dist.serve.following import ChampionFollower, bundle_of_champion, champion_of
 from lrurec_dist.serve.http_api import ApiOptions, build_api
 from lrurec_dist.serve.http_door import Application, token_digest
-from lrurec_dist.serve.item_search import read_titles
 from lrurec_dist.serve.live import LiveRecommender
 from lrurec_dist.serve.service import Service
 from lrurec_dist.serve.sessions import MemoryStore, SessionStore
@@ -95,7 +94,6 @@ def build_application(plan: Plan) -> Application:
         max_body_bytes=settings.max_body_bytes,
         batches=BatchOptions(size=settings.batch_size, wait_s=settings.batch_wait_ms / 1000, room=settings.max_waiting),
         digest=plan.digest,
-        titles=read_titles(settings.titles) if settings.titles else {},
     )
     follower = None if settings.bundle else ChampionFollower(live, plan.registry_url, poll_s=settings.poll_s)
     return build_api(service, options, follower)

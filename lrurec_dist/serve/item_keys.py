@@ -13,8 +13,8 @@ Key = str | int
 class ItemKeys:
     """The catalogue of a bundle, to be looked up by key: some 150 bytes an item of text."""
 
-    def __init__(self, keys: pa.Array) -> None:
-        self.keys = keys  # of item_id 1, 2, …
+    def __init__(self, keys: pa.Array, titles: pa.Array | None = None) -> None:
+        self.keys, self.titles = keys, titles  # of item_id 1, 2, …
         self._ids = {key: item_id for item_id, key in enumerate(keys.to_pylist(), 1)}
         self.integers = pa.types.is_integer(keys.type)
 
@@ -33,6 +33,11 @@ class ItemKeys:
         """The key of an item_id from 1 on."""
         key: Key = self.keys[item_id - 1].as_py()
         return key
+
+    def title_of(self, key: Key) -> str | None:
+        """The title of an item that the catalogue knows, if it has one."""
+        title: str | None = None if self.titles is None else self.titles[self._ids[key] - 1].as_py()
+        return title
 
     def keys_of(self, item_ids: Sequence[int]) -> list[Key]:
         """The keys of item ids from 1 on."""

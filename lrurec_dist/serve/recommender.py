@@ -49,7 +49,7 @@ class Recommender:
         self._bundle, self._recent_items = bundle, recent_items
         self._item_rows, self._bias = bundle.model.item_rows(), bundle.candidate_bias
         self._stepper = Stepper(bundle.model)
-        self._keys = ItemKeys(bundle.item_keys)
+        self._keys = ItemKeys(bundle.item_keys, bundle.item_titles)
         states, vectors = initial_states(bundle.model, 1)
         self._initial = UserState(bundle.version, states[0], vectors[0], (), 0)
         self._counting = threading.Lock()

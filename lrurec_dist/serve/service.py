@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Literal, TypeVar
 
 from lrurec_dist.errors import LrurecError, RequestError, StateError, TryAgainError
-from lrurec_dist.serve.item_keys import Key
+from lrurec_dist.serve.item_keys import ItemKeys, Key
 from lrurec_dist.serve.live import LiveRecommender
 from lrurec_dist.serve.recommender import Recommendation, Recommender
 from lrurec_dist.serve.sessions import Change, Session, SessionStore
@@ -45,6 +45,7 @@ class Answer:
 
     Attributes:
         version: of the bundle that made all of it.
+        item_keys: of that version, with its titles.
         items: best first; empty where no list was wanted.
         unknown_items: of `events`, those that the catalogue does not know.
         state: of the user, after the events; None without a user.
@@ -53,6 +54,7 @@ class Answer:
     """
 
     version: str
+    item_keys: ItemKeys
     items: list[Recommendation]
     unknown_items: int
     state: UserState | None = None
@@ -111,6 +113,7 @@ class Service:
             origin = None if user is None else sessions[user][1]
             answers[place] = Answer(
                 version=recommender.version,
+                item_keys=recommender.item_keys,
                 items=lists.get(place, []),
                 unknown_items=unknown[place],
                 state=states.get(place),
