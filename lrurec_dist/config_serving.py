@@ -40,6 +40,7 @@ class PublishConfig:
     max_latency_ms: float = 500.0  # of 95 % of single requests to the loaded bundle on this machine; 0: no limit
     load_timeout_s: float = 600.0  # for a fresh process to load the bundle and answer its golden requests
     keep: int = 0  # newest versions that stay after a promotion, besides those in use; 0: all
+    mlflow_model: str = ""  # name of a model in an MLflow registry that is told of candidate and champion; empty: none
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.metrics) - {"recall@10", "ndcg@10"})

@@ -16,6 +16,7 @@ from lrurec_dist.reporting import Status, say
 from lrurec_dist.serve import gate
 from lrurec_dist.serve.channels import CHAMPION, Channel, decision_url, read_channel
 from lrurec_dist.serve.gate import Check
+from lrurec_dist.serve.mlflow_registry import tell_mlflow
 from lrurec_dist.serve.registry import collect, offer, version_url
 from lrurec_dist.serve.replay import replay_in_fresh_process
 from lrurec_dist.stage_evaluate import SCHEMA_VERSION, compare_runs, evaluate, evaluation_url, read_figures
@@ -43,6 +44,7 @@ def publish(config: Config, status: Status, session: RaySession) -> None:
     done, champion = status.committed("publish", inputs), read_channel(registry, CHAMPION).pointer
     if champion and champion.version == version:
         say(f"publish: skipped, {version} is champion, generation {champion.generation}")
+        _tell(config)
         status.commit("publish", inputs, _outputs(version, champion.decision, champion.generation, promoted=True))
         return
     if done and done["promoted"]:
@@ -69,6 +71,7 @@ def publish(config: Config, status: Status, session: RaySession) -> None:
         return checks, facts
 
     outcome = offer(registry, version, examine, about)
+    _tell(config)
     if outcome.pointer is None:
         generation = champion.generation if champion else 0
         status.commit("publish", inputs, _outputs(version, outcome.decision, generation, promoted=False))
@@ -84,6 +87,11 @@ def publish(config: Config, status: Status, session: RaySession) -> None:
     if config.publish.keep:
         for removal in collect(registry, config.publish.keep, remove=True):
             say(f"publish: removed {removal.version}, {removal.bytes / 1e6:,.1f} MB: {removal.reason}")
+
+
+def _tell(config: Config) -> None:
+    if config.publish.mlflow_model:
+        tell_mlflow(config.registry_url, config.publish.mlflow_model)
 
 
 def _outputs(version: str, decision: str, generation: int, *, promoted: bool) -> dict[str, Any]:

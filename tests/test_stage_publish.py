@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from lrurec_dist import storage
 from lrurec_dist.config import Config
@@ -18,6 +19,7 @@ from lrurec_dist.serve.registry import offer, rollback
 from lrurec_dist.serve.replay import replay_in_fresh_process
 from lrurec_dist.stages import run
 from tests.datasets import write_dataset
+from tests.test_mlflow_registry import mlflow_store as mlflow_store
 from tests.test_stage_evaluate import bundle_of
 
 NUM_ITEMS, KNOWN = 40, 25
@@ -94,10 +96,15 @@ def checks_of(registry: Path, decision: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.usefixtures("ray_session")
 def test_the_first_champion_needs_no_other_and_is_published_once(
-    dataset: SequenceDataset, good: tuple[Path, str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: SequenceDataset,
+    good: tuple[Path, str, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    mlflow_store: MlflowClient,
 ) -> None:
-    config, version = with_bundle(tmp_path, dataset, good)
+    config, version = with_bundle(tmp_path, dataset, good, "publish.mlflow_model=shop")
     run(config, ["publish"])
+    assert mlflow_store.get_model_version_by_alias("shop", "champion").tags["bundle"] == version
     assert (pointer(tmp_path).version, pointer(tmp_path).generation) == (version, 1)
     checks = checks_of(tmp_path, f"{version}-1")
     assert checks["champion"]["reason"] == "there is none to compare with"

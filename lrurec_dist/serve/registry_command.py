@@ -10,6 +10,7 @@ from lrurec_dist.reporting import format_table, say
 from lrurec_dist.run_directory import exit_code_after
 from lrurec_dist.serve.channels import CHAMPION, read_channel
 from lrurec_dist.serve.gate import checks_table
+from lrurec_dist.serve.mlflow_registry import tell_mlflow
 from lrurec_dist.serve.registry import collect, describe_version, list_versions, rollback
 
 _KEEP = 10
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str], *, description: str) -> int:
             command.add_argument("version", help="a version, or champion, or candidate")
         if name == "rollback":
             command.add_argument("version", nargs="?", help="default: the champion before")
+            command.add_argument("--mlflow-model", default="", metavar="NAME", help="publish.mlflow_model, if that is set")
         if name == "gc":
             command.add_argument("--keep", type=_count, default=_KEEP, help="newest versions that stay (default: %(default)s)")
             command.add_argument("--remove", action="store_true", help="do it; without, what would go is only printed")
@@ -93,6 +95,8 @@ def _rollback(parsed: argparse.Namespace) -> None:
     before = read_channel(parsed.registry, CHAMPION).pointer
     pointer = rollback(parsed.registry, parsed.version)
     say(f"{pointer.version} is champion, generation {pointer.generation}; it was {before.version if before else 'none'}")
+    if parsed.mlflow_model:
+        tell_mlflow(parsed.registry, parsed.mlflow_model)
 
 
 def _gc(parsed: argparse.Namespace) -> None:
