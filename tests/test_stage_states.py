@@ -9,7 +9,8 @@ from lrurec_dist import stage_recommend, stage_states
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.stages import run_job
 from tests.datasets import chain_sequences, write_dataset
-from tests.test_jobs import read_status
+from tests.processes import killed_at
+from tests.test_jobs import ROOT, read_status
 from tests.test_recommendations import files_below
 from tests.test_recommender import NUM_ITEMS, export
 
@@ -47,6 +48,48 @@ def test_much_work_goes_to_ray_and_gives_the_same_files(
     monkeypatch.setattr(stage_recommend, "LocalPasses", lambda **_: pytest.fail("not by Ray"))
     assert run(*given, f"run_dir={tmp_path / 'ray'}") == 0
     assert files_below(tmp_path / "threads" / "states") == files_below(tmp_path / "ray" / "states")
+
+
+KILLED = """
+import itertools, os, runpy, sys, threading
+from lrurec_dist.serve.shard_files import ShardFiles
+
+begun, finished, write, told = itertools.count(), threading.Semaphore(0), ShardFiles.write, sys.stdout
+
+def half_written(tables):
+    yield from tables()
+    finished.acquire()
+    print("amid", file=told, flush=True)
+    threading.Event().wait()  # for the kill
+
+def writing(files, shard, schema, tables):
+    if next(begun) == 0:
+        record = write(files, shard, schema, tables)
+        finished.release()
+        return record
+    return write(files, shard, schema, lambda: half_written(tables))
+
+ShardFiles.write = writing
+sys.stdout, sys.argv = open(os.devnull, "w"), sys.argv[:1] + {arguments}
+runpy.run_path({job!r}, run_name="__main__")
+"""
+
+
+def test_a_job_that_is_killed_amid_its_shards_goes_on_with_the_missing_ones_to_the_same_bytes(
+    tmp_path: Path, given: list[str]
+) -> None:
+    dataset = write_dataset(str(tmp_path / "dataset"), chain_sequences(40, NUM_ITEMS), NUM_ITEMS, shards=6)
+    states = tmp_path / "run" / "states"
+    arguments = [given[1], f"dataset.dir={dataset.url}", f"run_dir={tmp_path / 'run'}"]
+    killed_at("amid", KILLED.format(arguments=arguments, job=str(ROOT / "jobs" / "states.py")), timeout_s=200)
+    done = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (states / "states").glob("part-*.parquet")}
+    assert len(done) == 1
+    assert not (states / "manifest.json").exists()
+    assert run(*arguments) == 0
+    assert run(*arguments[:2], f"run_dir={tmp_path / 'other'}") == 0
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in done} == done, "what was finished is left alone"
+    whole = files_below(tmp_path / "other" / "states")
+    assert {name: data for name, data in files_below(states).items() if "/." not in name} == whole
 
 
 @pytest.mark.parametrize(
