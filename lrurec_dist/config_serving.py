@@ -16,12 +16,12 @@ class BundleConfig:
     titles: str = ""  # Parquet or CSV files with item_key and title, for people who read answers
     golden_requests: int = 32  # histories whose answers travel with the bundle
     table_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of item rows in the file; loaded they are float32
-    exports: list[str] = field(default_factory=list)  # for other runtimes: torch, onnx, vectors
+    exports: list[str] = field(default_factory=list)  # for other runtimes: torch, onnx, vectors, faiss
 
     def __post_init__(self) -> None:
         require(self.golden_requests >= 1, "bundle.golden_requests", self.golden_requests, "needs at least 1 to check an export")
-        unknown = sorted(set(self.exports) - {"torch", "onnx", "vectors"})
-        require(not unknown, "bundle.exports", self.exports, f"{', '.join(unknown)} is none of torch, onnx, vectors")
+        unknown = sorted(set(self.exports) - {"torch", "onnx", "vectors", "faiss"})
+        require(not unknown, "bundle.exports", self.exports, f"{', '.join(unknown)} is none of torch, onnx, vectors, faiss")
 
 
 @dataclass(frozen=True, kw_only=True)

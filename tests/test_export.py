@@ -1,9 +1,11 @@
 """What other runtimes get: the model's own answers, at any batch and length, or nothing at all."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import onnx
 import onnxruntime
 import pyarrow as pa
@@ -80,7 +82,9 @@ def test_lists_equal_those_of_the_ranking_with_what_is_excluded(cosine: LRURec, 
 def exported(tmp_path_factory: pytest.TempPathFactory, dataset: SequenceDataset) -> Path:
     """A bundle with all exports, of rows that were rounded."""
     return Path(
-        write(str(tmp_path_factory.mktemp("registry")), dataset, table_dtype="int8", exports=("torch", "onnx", "vectors"))
+        write(
+            str(tmp_path_factory.mktemp("registry")), dataset, table_dtype="int8", exports=("torch", "onnx", "vectors", "faiss")
+        )
     )
 
 
@@ -124,8 +128,8 @@ def test_exports_are_listed_in_the_manifest_and_verified(exported: Path) -> None
     bundle = load_bundle(str(exported))
     names = {name for name in bundle.manifest["files"] if name.startswith("exports/")}
     programs = {f"exports/{name}.{kind}" for name in ("encode", "step", "top_k") for kind in ("pt2", "onnx")}
-    assert names == {"exports/item_vectors.parquet", *programs}
-    assert bundle.manifest["exports"] == ["torch", "onnx", "vectors"]
+    assert names == {"exports/item_vectors.parquet", "exports/item_vectors.faiss", *programs}
+    assert bundle.manifest["exports"] == ["torch", "onnx", "vectors", "faiss"]
     file = exported / "exports" / "step.onnx"
     data = file.read_bytes()
     try:
@@ -157,6 +161,26 @@ def test_a_product_with_the_item_vectors_is_the_score(exported: Path) -> None:
     assert vectors.shape == (NUM_ITEMS, SHAPE["dim"] + 1)
 
 
+def test_the_index_names_the_items_of_the_recommender_in_its_order(exported: Path) -> None:
+    index = faiss.read_index(str(exported / "exports" / "item_vectors.faiss"))
+    recommender, histories = Recommender.load(str(exported)), [["i001", "i002"], ["i009"], []]
+    users = torch.stack([state.vector for state in recommender.encode(histories)])
+    scores, ids = index.search(torch.cat([users, torch.ones(3, 1)], dim=1).numpy(), NUM_ITEMS)
+    bundle = load_bundle(str(exported))
+    expected = (users @ bundle.model.item_rows().T + bundle.model.table.bias)[:, 1:].sort(dim=1, descending=True)
+    assert (expected.values.diff(dim=1) < -1e-4).all(), "nothing is tied here"
+    assert torch.equal(torch.from_numpy(ids), expected.indices + 1)
+    torch.testing.assert_close(torch.from_numpy(scores), expected.values, **CLOSE)
+
+
+def test_an_index_that_disagrees_with_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, right = build_model(), export.item_vectors
+    monkeypatch.setattr(export, "item_vectors", lambda model: right(model).roll(1, 0))
+    with pytest.raises(BundleError, match=r"exports/item_vectors\.faiss: answers otherwise .* the export is wrong"):
+        write_exports(str(tmp_path), model, ["faiss"], item_keys=KEYS, max_length=MAX_LENGTH)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("wrong", ["encode", "step", "top_k"])
 def test_a_program_that_disagrees_with_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     other = build_model()
@@ -172,8 +196,9 @@ def test_a_program_that_disagrees_with_the_model_is_refused(tmp_path: Path, monk
 
 
 def test_an_unknown_export_and_a_missing_package_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="tensorrt is none of torch, onnx, vectors"):
+    with pytest.raises(ConfigError, match="tensorrt is none of torch, onnx, vectors, faiss"):
         write_exports(str(tmp_path), build_model(), ["tensorrt"], item_keys=KEYS, max_length=MAX_LENGTH)
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"needs onnxruntime; pip install 'lrurec-dist\[onnx\]'"):
-        write_exports(str(tmp_path), build_model(), ["onnx"], item_keys=KEYS, max_length=MAX_LENGTH)
+    for kind, package in (("onnx", "onnxruntime"), ("faiss", "faiss")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ConfigError, match=rf"needs {package}; pip install 'lrurec-dist\[{kind}\]'"):
+            write_exports(str(tmp_path), build_model(), [kind], item_keys=KEYS, max_length=MAX_LENGTH)

@@ -3,11 +3,13 @@
 torch    encode.pt2, step.pt2, top_k.pt2     for `torch.export.load`
 onnx     encode.onnx, step.onnx, top_k.onnx  for ONNX Runtime and others; weights above 2 GB in a file beside
 vectors  item_vectors.parquet                item_id, item_key, vector: row and bias, dim + 1 wide
+faiss    item_vectors.faiss                  the same vectors in an exact index of FAISS, by item_id
 
 The programs are those of `lrurec_dist/serve/programs.py`, of any batch and any length of histories, with the item rows
 that the bundle stores. A score is the product of an item's vector with the user's, behind which a 1 is appended.
 """
 
+import importlib
 import logging
 import shutil
 import tempfile
@@ -17,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -28,10 +31,11 @@ from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.serve.programs import Encode, Step, TopK
 from lrurec_dist.stores import retried
 
-EXPORTS = ("torch", "onnx", "vectors")
+EXPORTS = ("torch", "onnx", "vectors", "faiss")
 TOP_K = 100  # items of a list, or all there are
 TOLERANCE = 1e-4  # of a number, relative to the larger of it and one: what golden scores are allowed
 _BATCH, _LENGTH = {0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "faiss": ("faiss",)}  # torch.onnx needs the first two to write
 _Run = Callable[..., Sequence[Tensor]]
 
 
@@ -57,10 +61,12 @@ def write_exports(url: str, model: LRURec, exports: Sequence[str], *, item_keys:
     """
     if unknown := sorted(set(exports) - set(EXPORTS)):
         raise ConfigError(f"bundle.exports={list(exports)}: {', '.join(unknown)} is none of {', '.join(EXPORTS)}")
-    if "onnx" in exports:
-        _require_onnx()
+    for kind in _PACKAGES.keys() & exports:
+        _require(kind)
     if "vectors" in exports:
         storage.write_table(storage.join(url, "item_vectors.parquet"), _checked_vectors(model, item_keys))
+    if "faiss" in exports:
+        storage.write_bytes(storage.join(url, "item_vectors.faiss"), _checked_index(model))
     if kinds := [kind for kind in exports if kind in _WRITERS]:
         with tempfile.TemporaryDirectory() as folder:
             for exported in _programs(model, max_length):
@@ -97,13 +103,12 @@ def _programs(model: LRURec, max_length: int) -> list[_Exported]:
     ]
 
 
-def _require_onnx() -> None:
+def _require(kind: str) -> None:
     try:
-        import onnx  # noqa: F401  # torch.onnx needs both to write
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        for package in _PACKAGES[kind]:
+            importlib.import_module(package)
     except ImportError as error:
-        raise ConfigError(f"bundle.exports=[onnx]: needs {error.name}; pip install 'lrurec-dist[onnx]'") from None
+        raise ConfigError(f"bundle.exports=[{kind}]: needs {error.name}; pip install 'lrurec-dist[{kind}]'") from None
 
 
 def _write_torch(exported: _Exported, graph: torch.export.ExportedProgram, folder: Path) -> _Run:
@@ -194,16 +199,21 @@ def _check_top_k(run: _Run, model: LRURec, max_length: int, what: str) -> None:
         found, scores = run(vectors, item_ids)
         expected = torch.addmm(model.table.bias, vectors, model.item_rows().T).scatter(1, item_ids, -torch.inf)
         expected[:, PAD_ID] = -torch.inf
-        best = expected.topk(scores.shape[1]).values
-        present = best > -torch.inf
-        if not torch.equal(present, found != PAD_ID) or len(found) != len(vectors):
-            raise BundleError(f"{what}: answers with another number of items than the model; the export is wrong")
-        # in the places of ties any of the tied items may stand, but its own score is the best that is left
-        own = expected.gather(1, found)
-        distinct = all(len(set(row)) == len(row) for row in ([item for item in row if item] for row in found.tolist()))
-        if not distinct:
-            raise BundleError(f"{what}: names an item twice; the export is wrong")
-        _compare((own[present], scores[present]), (best[present], best[present]), what)
+        _compare_best(found, scores, expected, what)
+
+
+def _compare_best(found: Tensor, scores: Tensor, expected: Tensor, what: str) -> None:
+    """Lists (users, k) of item ids and scores with all scores (users, num_items + 1), -inf where an item is no candidate."""
+    best = expected.topk(scores.shape[1]).values
+    present = best > -torch.inf
+    if not torch.equal(present, found != PAD_ID):
+        raise BundleError(f"{what}: answers with another number of items than the model; the export is wrong")
+    # in the places of ties any of the tied items may stand, but its own score is the best that is left
+    own = expected.gather(1, found)
+    distinct = all(len(set(row)) == len(row) for row in ([item for item in row if item] for row in found.tolist()))
+    if not distinct:
+        raise BundleError(f"{what}: names an item twice; the export is wrong")
+    _compare((own[present], scores[present]), (best[present], best[present]), what)
 
 
 _CHECKS = {"encode": _check_encode, "step": _check_step, "top_k": _check_top_k}
@@ -218,6 +228,24 @@ def _checked_vectors(model: LRURec, item_keys: pa.ChunkedArray) -> pa.Table:
     flat = pa.array(vectors.flatten().numpy())
     ids = pa.array(range(1, len(vectors) + 1), pa.int64())
     return pa.table({"item_id": ids, "item_key": item_keys, "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])})
+
+
+def _checked_index(model: LRURec) -> bytes:
+    """A FAISS index that compares with every item, as `faiss.read_index` takes it; read back, and its lists compared."""
+    import faiss
+
+    vectors, what = item_vectors(model).numpy(), "exports/item_vectors.faiss"
+    index = faiss.IndexIDMap(faiss.IndexFlatIP(vectors.shape[1]))
+    index.add_with_ids(vectors, np.arange(1, len(vectors) + 1))
+    data = faiss.serialize_index(index)
+    read, k = faiss.deserialize_index(data), min(TOP_K, len(vectors))
+    for item_ids in _some_histories(model.table.num_items, 5):
+        users = model.encode(item_ids)
+        scores, found = read.search(torch.cat([users, torch.ones(len(users), 1)], dim=1).numpy(), k)
+        expected = torch.addmm(model.table.bias, users, model.item_rows().T)
+        expected[:, PAD_ID] = -torch.inf
+        _compare_best(torch.from_numpy(found), torch.from_numpy(scores), expected, what)
+    return bytes(data.tobytes())
 
 
 def state_after(model: LRURec, item_ids: Tensor) -> Tensor:
