@@ -1,17 +1,18 @@
 """The HTTP service under load from another process, with a swap to another version in the middle.
 
-    python benchmarks/service.py [ITEMS] [--clients 8] [--seconds 10] [--runner process|ray]
+    python benchmarks/service.py [ITEMS] [--clients 8] [--seconds 10] [--runner process|ray] [--replicas 1] [--redis]
 
 Random models (dim 64, hidden 128, two blocks). Each client keeps one connection and sends its next request when the one
 before is answered: in turns an event of its user, a list for that user, and a list for a history of 50 items. Half-way
 the champion moves. Latency is what a client sees; processor time is the service's own (of one process), swap included, which other
-work on the machine does not change.
+work on the machine does not change. `--redis` keeps sessions in a redis-server of its own, which several replicas need.
 """
 
 import argparse
 import http.client
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -19,6 +20,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -96,6 +99,21 @@ def send(port: int, client: int, items: int, until: float, seen: list[tuple[int,
     connection.close()
 
 
+@contextmanager
+def redis_in(place: str) -> Iterator[str]:
+    """The URL of a Redis that keeps nothing."""
+    program = shutil.which("redis-server")
+    assert program is not None, "--redis: redis-server is not installed; apt-get install redis-server"
+    command = [program, "--port", "0", "--unixsocket", f"{place}/redis.sock", "--save", "", "--appendonly", "no", "--dir", place]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        try:
+            assert process.stdout is not None
+            assert any("eady to accept connections" in line for line in process.stdout), "Redis did not start"
+            yield f"unix://{place}/redis.sock"
+        finally:
+            process.terminate()
+
+
 def processor_s(pid: int) -> float:
     """Seconds of processor time that a process has taken."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -108,16 +126,24 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--runner", choices=("process", "ray"), default="process")
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--redis", action="store_true", help="sessions in Redis")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
+    with ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory())
         registry = f"{place}/registry"
         versions = [write_version(registry, options.items, seed) for seed in range(2)]
         promote(registry, versions[0])
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         settings = [f"run_dir={place}/run", f"bundle.registry={registry}", f"serve.runner={options.runner}", f"serve.port={port}"]
-        command = [sys.executable, str(ROOT / "jobs" / "serve.py"), *settings, "serve.poll_s=0.5"]
-        service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603  # our own job
+        settings += ["serve.poll_s=0.5", f"serve.replicas={options.replicas}"]
+        environment = dict(os.environ)
+        if options.redis:
+            environment["BENCHMARK_REDIS"] = stack.enter_context(redis_in(place))
+            settings.append("serve.redis_variable=BENCHMARK_REDIS")
+        command = [sys.executable, str(ROOT / "jobs" / "serve.py"), *settings]
+        service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603  # our own job
         try:
             assert service.stdout is not None
             assert any(line.startswith("serve: http") for line in service.stdout), "the service did not start"
@@ -152,6 +178,8 @@ def main() -> None:
         "items": options.items,
         "clients": options.clients,
         "runner": options.runner,
+        "replicas": options.replicas,
+        "redis": options.redis,
         "cpus": os.cpu_count(),
     }
     if options.runner == "process":  # a Ray replica is a process of its own
