@@ -52,6 +52,11 @@ def test_deciles_are_tenths_of_the_trained_items_most_popular_first() -> None:
     assert found == {"decile 1": [2, 5, 6, 7], "decile 10": [1, 4, 8], "never trained": [0, 3]}
 
 
+def test_a_target_is_new_if_it_never_trains_and_old_in_whatever_decile() -> None:
+    targets = table(popularity_decile=[0, 10, 9, 10, 5, 1, 0, 0, 0])
+    assert rows_by(targets, "target") == {"trained": [0, 2, 4, 5, 6, 7, 8], "new": [1, 3]}
+
+
 def test_every_user_is_in_one_segment_of_each_scheme() -> None:
     draw = np.random.default_rng(0)
     users = 500

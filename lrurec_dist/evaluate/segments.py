@@ -13,14 +13,15 @@ _HISTORY = (1, 5, 10, 20, 50, 100, 200)  # a group's shortest history
 _HOUR = 3_600_000_000  # microseconds
 _GAPS = {"below 1 hour": _HOUR, "1 hour to 1 day": 24 * _HOUR, "1 to 7 days": 168 * _HOUR, "7 to 30 days": 720 * _HOUR}
 _LAST_GAP = "30 days and more"
-NEVER_TRAINED = "never trained"
+_NEVER = 10  # the decile of what never trains
 
 SCHEMES = {
     "history length": [
         *(f"{low} to {high - 1}" for low, high in itertools.pairwise(_HISTORY)),
         f"{_HISTORY[-1]} and more",
     ],
-    "target's popularity": [*(f"decile {decile}" for decile in range(1, 11)), NEVER_TRAINED],
+    "target's popularity": [*(f"decile {decile}" for decile in range(1, 11)), "never trained"],
+    "target": ["trained", "new"],
     "user": ["trained", "new"],
     "time since the last event": [*_GAPS, _LAST_GAP],
 }
@@ -34,7 +35,7 @@ def popularity_deciles(counts: np.ndarray) -> np.ndarray:
 
     Of equal counts the smaller item_id is the more popular.
     """
-    deciles = np.full(len(counts), 10)
+    deciles = np.full(len(counts), _NEVER)
     trained = np.flatnonzero(counts)
     order = trained[np.argsort(-counts[trained], kind="stable")]
     deciles[order] = np.arange(len(order)) * 10 // max(1, len(order))
@@ -50,6 +51,7 @@ def segments_of(targets: pa.Table) -> Iterator[tuple[str, str, np.ndarray]]:
     places = {
         "history length": np.searchsorted(_HISTORY, targets["history_length"].to_numpy(), side="right") - 1,
         "target's popularity": targets["popularity_decile"].to_numpy(),
+        "target": (targets["popularity_decile"].to_numpy() == _NEVER).astype(np.int64),
         "user": targets["new_user"].to_numpy().astype(np.int64),
     }
     if targets["gap_us"].null_count == 0:
