@@ -156,6 +156,7 @@ class EvaluateConfig:
     ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50])
     exclude_history: bool = True  # the paper's protocol: items in the history are no candidates
     batch_size: int = 256  # users ranked together
+    precision: Literal["float32", "bfloat16"] = "float32"  # that factors of scores are rounded to; sums stay float32
     bootstrap: int = 1000  # replicates over users, from which 95 % intervals come; 0: no intervals
     list_k: int = 10  # length of the lists whose coverage, popularity and novelty are measured; 0: none, nor calibration
     both_splits: bool = True  # a log with times is evaluated by the other kind of split too

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import to_dict
@@ -204,6 +206,7 @@ def _evaluate_split(
         batch_size=options.batch_size,
         exclude_history=options.exclude_history,
         deepest=max(options.ks),
+        product_dtype=getattr(torch, options.precision),
     )
     evaluation = evaluate_dataset(
         config.dataset_url,
@@ -229,6 +232,7 @@ def _evaluate_split(
         "split": asdict(split),
         "trained": asdict(trained),
         "exclude_history": options.exclude_history,
+        "precision": str(protocol.product_dtype).removeprefix("torch."),
         "ks": options.ks,
         "bootstrap": options.bootstrap,
         "audit": audited.counts,

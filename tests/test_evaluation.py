@@ -9,7 +9,7 @@ import torch
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.splits import Split
 from lrurec_dist.evaluate.baselines import Popularity
-from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shard, training_counts
+from lrurec_dist.evaluate.evaluation import RankingProtocol, iter_ranked, rank_shard, training_counts
 from lrurec_dist.model.lrurec import LRURec
 from tests.datasets import chain_sequences, write_dataset
 from tests.reference import complex_parameters, rank_of, user_vectors
@@ -58,6 +58,21 @@ def test_ranks_equal_the_slow_truth_user_by_user(dataset: SequenceDataset, part:
     assert actual[0] == dataset.manifest["users_evaluable"] > 50
 
 
+def test_bfloat16_products_rank_by_rounded_factors(dataset: SequenceDataset) -> None:
+    model, rules = small_model(), protocol(product_dtype=torch.bfloat16)
+    rows, bias = model.item_rows().bfloat16().double(), model.table.bias.double()
+    differ = 0
+    with torch.inference_mode():
+        for shard in map(dataset.read_shard, dataset.shard_names):
+            for ranked, exact in zip(iter_ranked(model, shard, rules), iter_ranked(model, shard, protocol()), strict=True):
+                scores = (ranked.vectors.bfloat16().double() @ rows.T + bias).tolist()
+                seen = [set(ranked.excluded_ids[ranked.excluded_rows == user].tolist()) for user in range(len(scores))]
+                targets = ranked.batch.targets.tolist()
+                assert ranked.ranks.tolist() == [rank_of(*user) for user in zip(scores, targets, seen, strict=True)]
+                differ += int((ranked.ranks != exact.ranks).sum())
+    assert differ > 0, "what is rounded ranks otherwise at times"
+
+
 def test_training_counts_leave_both_held_out_items_out(tmp_path: Path) -> None:
     dataset = write_dataset(str(tmp_path / "counts"), [[1, 1, 2, 3], [4, 5], [6, 7, 8]], 8, shards=2)
     counts = training_counts((dataset.read_shard(name) for name in dataset.shard_names), Split(), 8)
@@ -73,3 +88,6 @@ def test_popularity_ranks_by_count_with_ties_by_item_id(tmp_path: Path) -> None:
     assert ranks.nonzero().flatten().tolist() == [0, 2]
     with_history = rank_shard(Popularity(counts), shard, protocol(exclude_history=False)).counts
     assert with_history.nonzero().flatten().tolist() == [0, 3]
+    counts[2], counts[3] = 256, 257  # one number in bfloat16
+    exact = rank_shard(Popularity(counts), shard, protocol(product_dtype=torch.bfloat16)).counts
+    assert exact.nonzero().flatten().tolist() == [0, 1], "counts are not rounded"

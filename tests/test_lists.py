@@ -57,15 +57,18 @@ def test_without_users_list_metrics_are_zero() -> None:
     assert ListSums(k=2).reliability() == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [1 << 23, 20])  # all users at once, and three
-def test_the_probability_is_that_of_the_softmax_over_the_candidates(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+def test_the_probability_is_that_of_the_softmax_over_the_candidates(
+    monkeypatch: pytest.MonkeyPatch, tile: int, dtype: torch.dtype
+) -> None:
     monkeypatch.setattr("lrurec_dist.evaluate.lists.TILE_ELEMENTS", tile)
     torch.manual_seed(0)
-    vectors, weight, bias = torch.randn(10, 4), torch.randn(7, 4), torch.randn(7)
+    vectors, weight, bias = torch.randn(10, 4), torch.randn(7, 4).to(dtype), torch.randn(7)
     rows, ids = torch.tensor([0, 0, *[9] * 6]), torch.tensor([2, 5, 1, 2, 3, 4, 5, 6])
     items, probabilities = top_lists(vectors, weight, bias, 3, rows, ids)
     assert torch.equal(items, top_k(vectors, weight, bias, 3, rows, ids)[0])
-    scores = (vectors @ weight.T + bias).double()
+    scores = (vectors.to(dtype).float() @ weight.float().T + bias).double()
     scores[:, 0] = scores[0, 2] = scores[0, 5] = -torch.inf
     expected = torch.softmax(scores, 1).max(1).values
     expected[9] = 0  # all items are excluded

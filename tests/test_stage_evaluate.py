@@ -112,12 +112,21 @@ def test_another_model_is_compared_on_the_same_users(
 ) -> None:
     previous, _ = first
     model = bundle_of(dataset, tmp_path, seed=1)
-    options = [f"evaluate.model={model}", f"evaluate.previous={previous}", "evaluate.both_splits=false"]
+    options = [
+        f"evaluate.model={model}",
+        f"evaluate.previous={previous}",
+        "evaluate.both_splits=false",
+        "evaluate.precision=bfloat16",
+    ]
     config = settings(tmp_path / "run", dataset, *options)
     run(config, ["evaluate"])
     beside = read_figures(config.run_dir, "leave_last_out")["previous"]
     before = read_figures(str(previous), "leave_last_out")
     assert beside["users"] == before["users"]
+    assert [read_figures(run_dir, "leave_last_out")["precision"] for run_dir in (str(previous), config.run_dir)] == [
+        "float32",
+        "bfloat16",
+    ]
     assert beside["before"]["ndcg@10"]["value"] == pytest.approx(before["metrics"]["model"]["ndcg@10"]["value"])
     now = read_figures(config.run_dir, "leave_last_out")["metrics"]["model"]["ndcg@10"]["value"]
     difference = beside["differences"]["ndcg@10"]

@@ -40,6 +40,12 @@ class RankingProtocol:
     batch_size: int
     exclude_history: bool  # items of the full history are no candidates
     deepest: int  # ranks are counted one by one up to here
+    product_dtype: torch.dtype = torch.float32  # what the factors of a model's scores are rounded to
+
+    def item_rows(self, model: Encoder) -> Tensor:
+        """The model's item rows as products take them; counts, float64, stay exact."""
+        rows = model.item_rows()
+        return rows.to(self.product_dtype) if rows.dtype == torch.float32 else rows
 
 
 class RankedBatch(NamedTuple):
@@ -57,7 +63,7 @@ class RankedBatch(NamedTuple):
 
 def iter_ranked(model: Encoder, shard: SequenceShard, protocol: RankingProtocol) -> Iterator[RankedBatch]:
     """Rank the target of every evaluable user in a shard; call it in inference mode."""
-    weight, bias = model.item_rows(), model.table.bias
+    weight, bias = protocol.item_rows(model), model.table.bias
     for batch in iter_evaluation_batches(
         shard, split=protocol.split, part=protocol.part, max_length=protocol.max_length, batch_size=protocol.batch_size
     ):
@@ -96,13 +102,13 @@ def rank_shards(model: Encoder, shards: Iterable[SequenceShard], protocol: Ranki
     for shard in shards:
         yield rank_shard(model, shard, protocol)
     if isinstance(model.table, ShardedItemTable):
-        _rank_nobody(model, model.table)
+        _rank_nobody(model, model.table, protocol)
 
 
 @torch.inference_mode()
-def _rank_nobody(model: Encoder, table: ShardedItemTable) -> None:
+def _rank_nobody(model: Encoder, table: ShardedItemTable, protocol: RankingProtocol) -> None:
     """Take part in the batches that other ranks still have."""
-    weight = model.item_rows()
+    weight = protocol.item_rows(model)
     none = torch.empty(0, dtype=torch.int64, device=weight.device)
     while collectives.any_rank(False, weight.device):
         _sharded_ranks(model, table, weight, none[:, None], none, none, none)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrurec_dist import PAD_ID
-from lrurec_dist.evaluate.ranking import TILE_ELEMENTS, top_k
+from lrurec_dist.evaluate.ranking import TILE_ELEMENTS, products, top_k
 
 BINS = 15  # of equal width, as in Guo et al. 2017
 _FRACTION = 1 << 32  # shares and bits are summed as whole multiples of its inverse
@@ -118,7 +118,7 @@ def top_lists(
     probabilities = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
     step = max(1, TILE_ELEMENTS // len(weight))
     for begin in range(0, len(vectors), step):
-        tile = torch.addmm(bias, vectors[begin : begin + step], weight.T)
+        tile = products(vectors[begin : begin + step], weight, bias)
         tile[:, PAD_ID] = -torch.inf
         inside = (excluded_rows >= begin) & (excluded_rows < begin + step)
         tile[excluded_rows[inside] - begin, excluded_ids[inside]] = -torch.inf

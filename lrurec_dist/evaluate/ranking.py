@@ -58,8 +58,8 @@ def _kernels(vectors: Tensor, weight: Tensor, bias: Tensor, items: ItemRows) -> 
     return native.Ranking(vectors.contiguous(), weight.contiguous(), bias.contiguous(), items.begin)
 
 
-def _products(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Scores (users, rows)."""
+def products(vectors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Scores (users, rows), of factors in the type of the rows."""
     if weight.dtype != torch.bfloat16:
         return torch.addmm(bias, vectors.to(weight.dtype), weight.T)
     vectors, bias = vectors.bfloat16().float(), bias.float()  # products of bfloat16 numbers are exact in float32
@@ -76,7 +76,7 @@ def _score_tiles(
     excluded_rows, columns = excluded_rows[here], columns[here]
     for begin in range(0, vectors.shape[0], step):
         users = slice(begin, min(begin + step, vectors.shape[0]))
-        scores = _products(vectors[users], weight, bias)
+        scores = products(vectors[users], weight, bias)
         if items.first == PAD_ID:
             scores[:, 0] = -torch.inf
         here = (excluded_rows >= users.start) & (excluded_rows < users.stop)

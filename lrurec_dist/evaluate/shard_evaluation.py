@@ -153,7 +153,9 @@ class ShardEvaluator:
         self._dataset = SequenceDataset(comparison.url)
         self._known = len(model.item_rows()) - 1
         self._model = model if self._known == self._dataset.num_items else KnownItems(model, self._dataset.num_items)
-        device = self._model.item_rows().device
+        with torch.inference_mode():
+            self._rows = comparison.protocol.item_rows(self._model)
+        device = self._rows.device
         dense = (comparison.popularity, comparison.recent)
         self._dense = [Popularity(torch.from_numpy(counts.copy())).to(device) for counts in dense if counts is not None]
         self._deciles = popularity_deciles(comparison.popularity)
@@ -205,9 +207,7 @@ class ShardEvaluator:
     def _add_lists(self, lists: ListSums, ranked: RankedBatch, kept: np.ndarray) -> None:
         counts, batch = self._comparison.popularity, ranked.batch
         bias = self._model.table.bias
-        ids, probabilities = top_lists(
-            ranked.vectors, self._model.item_rows(), bias, lists.k, ranked.excluded_rows, ranked.excluded_ids
-        )
+        ids, probabilities = top_lists(ranked.vectors, self._rows, bias, lists.k, ranked.excluded_rows, ranked.excluded_ids)
         shares = counts[batch.history_ids] / max(1, counts.sum())
         consumed = np.bincount(batch.history_rows, shares) / np.bincount(batch.history_rows)
         hits = ranked.ranks.cpu().numpy() == 1

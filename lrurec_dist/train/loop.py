@@ -282,6 +282,7 @@ class _Worker:
             batch_size=options.batch_size,
             exclude_history=options.exclude_history,
             deepest=max(options.ks),
+            product_dtype=getattr(torch, options.precision),
         )
         model.eval()
         counts = RankCounts(protocol.deepest)
