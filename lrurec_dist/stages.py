@@ -33,6 +33,7 @@ from lrurec_dist.stage_recommend import recommend
 from lrurec_dist.stage_states import make_states
 from lrurec_dist.train.checkpoint import load_model, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import find_checkpoint
+from lrurec_dist.train.checks import check_settings, check_start
 from lrurec_dist.train.launch import launch_training
 from lrurec_dist.train.order import data_order
 
@@ -51,6 +52,8 @@ def run(config: Config, stages: Sequence[Stage], before: Callable[[Stage], None]
     the end the result and the exit code. `before` is told of each stage before it begins; what it
     raises ends the run.
     """
+    if "train" in stages:
+        check_settings(config, cuda=config.train.device != "cpu")
     status = open_run(config)
     started = time.perf_counter()
     session = RaySession(config)
@@ -85,6 +88,7 @@ def _train(config: Config, status: Status, session: RaySession) -> None:
         return
     if config.train.resume == "never":
         storage.remove_tree(storage.join(config.run_dir, "checkpoints"))
+    check_start(config)
     order = data_order(config, dataset)
     audited = audit(dataset, order.split, "train", session)
     missed = untrained_targets(audited.training, order)

@@ -109,6 +109,8 @@ def test_an_unknown_setting_in_a_file_is_an_error_too(tmp_path):
         ("loss.include_padding_class=maybe", "loss.include_padding_class"),
         ("train.resume=sometimes", "train.resume"),
         ("train.device=tpu", "train.device"),
+        ("train.schedule=exponential", "train.schedule"),
+        ("train.table_optimizer=lamb", "train.table_optimizer"),
         ("log.timestamp_unit=minutes", "log.timestamp_unit"),
         ("log.format=avro", "log.format"),
         ("log.keep=price", "log.keep"),

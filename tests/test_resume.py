@@ -15,6 +15,7 @@ from lrurec_dist.train import pieces
 from lrurec_dist.train.checkpoint import Progress, Subject, read_checkpoint_manifest
 from lrurec_dist.train.checkpoint_index import Choice, find_checkpoint
 from lrurec_dist.train.checkpoint_writer import CheckpointWriter
+from lrurec_dist.train.subject import describe_subject, refuse_another_subject
 from tests.datasets import chain_sequences, write_dataset
 from tests.processes import run_ranks
 from tests.test_checkpoint import SUBJECT
@@ -25,7 +26,7 @@ STEPS = 4
 
 def go_on(run: str, url: str, zero_stage: int, last: int) -> tuple[list[float], list[str]]:
     """Losses from where the run's newest checkpoint is to step `last`, and what was noted; leaves a checkpoint."""
-    from lrurec_dist.train.resume import begin, describe_subject  # DeepSpeed only where a rank runs
+    from lrurec_dist.train.resume import begin  # DeepSpeed only where a rank runs
 
     pieces._SPLIT_BYTES = 200  # so that small tables are split between ranks as large ones are
     config, dataset = load_config(None, [f"run_dir={run}", f"dataset.dir={url}"]), SequenceDataset(url)
@@ -75,8 +76,6 @@ def test_a_run_goes_on_at_any_world_size_and_zero_stage_as_if_it_had_not_stopped
 
 
 def refusal(manifest: dict[str, Any], subject: Subject) -> str:
-    from lrurec_dist.train.resume import refuse_another_subject
-
     with pytest.raises((CheckpointError, CatalogueError)) as raised:
         refuse_another_subject("step_7", manifest, subject)
     return f"{raised.type.__name__}: {raised.value}"
@@ -114,8 +113,6 @@ def test_a_run_with_another_setting_that_shapes_the_future_is_refused_by_its_nam
 
 
 def test_settings_that_do_not_shape_the_future_may_change() -> None:
-    from lrurec_dist.train.resume import refuse_another_subject
-
     changed = (
         "train.max_steps=900", "train.max_minutes=3", "train.patience=2", "train.report_every=7", "train.workers=5",
         "train.zero_stage=2", "train.keep_checkpoints=9", "train.checkpoint_every=3", "batch.feed=ray", "run_dir=elsewhere", "model.table=sharded",
@@ -124,8 +121,6 @@ def test_settings_that_do_not_shape_the_future_may_change() -> None:
 
 
 def test_a_setting_that_the_checkpoint_does_not_know_had_its_default() -> None:
-    from lrurec_dist.train.resume import refuse_another_subject
-
     old = manifest_of(subject_of())
     old["settings"] = {name: value for name, value in old["settings"].items() if name != "model.temperature"}
     refuse_another_subject("step_7", old, subject_of())

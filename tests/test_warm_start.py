@@ -17,6 +17,7 @@ from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.train.checkpoint import Progress, Subject, load_model, read_checkpoint_manifest, write_manifest
 from lrurec_dist.train.checkpoint_index import find_checkpoint, keep_checkpoints
 from lrurec_dist.train.pieces import PieceReader, pieces_of_rank
+from lrurec_dist.train.subject import describe_subject
 from tests.datasets import chain_sequences, write_dataset
 from tests.processes import run_ranks
 from tests.test_checkpoint import change_a_byte, checkpoint_url, write_pieces
@@ -56,7 +57,7 @@ def yesterday(tmp_path: Path) -> str:
 def start(run: str, url: str, warm_from: str, zero_stage: int, moments: bool, vectors: str = "", **shape: Any) -> dict[str, Any]:
     from lrurec_dist.train.deepspeed_config import derive
     from lrurec_dist.train.engine import Engine  # DeepSpeed only where a rank runs
-    from lrurec_dist.train.resume import begin, describe_subject
+    from lrurec_dist.train.resume import begin
 
     torch.manual_seed(7)
     overrides = [f"run_dir={run}", f"dataset.dir={url}", f"seed={SEED}", f"train.warm_start={warm_from}"]
@@ -137,7 +138,6 @@ def test_known_items_score_as_before_to_the_bit_and_new_ones_look_like_them(
 
 def warm(tmp_path: Path, dataset: SequenceDataset, warm_from: str, **shape: Any) -> None:
     """The way to an error: nothing of the engine is needed before it."""
-    from lrurec_dist.train.resume import describe_subject
     from lrurec_dist.train.warm_start import warm_start
 
     config = load_config(None, [f"run_dir={tmp_path / 'new'}", f"train.warm_start={warm_from}"])

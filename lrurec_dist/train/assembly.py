@@ -11,20 +11,7 @@ from lrurec_dist.model.sharded_table import ShardedItemTable
 from lrurec_dist.train.deepspeed_config import derive
 from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.sharded_engine import ShardedEngine
-
-
-def model_arguments(config: Config, num_items: int) -> dict[str, Any]:
-    """What `LRURec` takes: the shape of a model, wherever its table lies."""
-    model = config.model
-    return {
-        "num_items": num_items,
-        "dim": model.dim,
-        "hidden": model.hidden,
-        "blocks": model.blocks,
-        "dropout": model.dropout,
-        "ring": [model.ring_min, model.ring_max],
-        "temperature": model.temperature,
-    }
+from lrurec_dist.train.subject import model_arguments
 
 
 def product_dtype(config: Config) -> torch.dtype | None:

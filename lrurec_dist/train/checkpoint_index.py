@@ -6,6 +6,7 @@ taken from the directories.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,21 @@ def find_checkpoint(run_url: str, which: str) -> str | None:
         return checkpoint_url(run_url, max(kept)) if kept else None
     ranked = _best_first(kept)
     return checkpoint_url(run_url, ranked[0]) if ranked else None
+
+
+def newest_manifest(run_url: str) -> tuple[str, dict[str, Any]] | None:
+    """The URL and the manifest of the newest checkpoint whose manifest can be read, its files unseen; None without one.
+
+    Raises:
+        CheckpointError: there are checkpoints, all of an earlier schema.
+    """
+    if find_checkpoint(run_url, "last") is None:
+        return None
+    for step in sorted(kept_checkpoints(run_url), reverse=True):
+        url = checkpoint_url(run_url, step)
+        with suppress(CheckpointError):  # whoever loads skips it too, and says why
+            return url, read_checkpoint_manifest(url, verify=False)
+    return None
 
 
 def last_step(run_url: str) -> int:

@@ -1,7 +1,8 @@
 """DeepSpeed's JSON, derived from our own settings, with a user's extras merged in and checked.
 
 DeepSpeed ignores keys it does not know. Which ones it knows is asked of DeepSpeed itself: its
-parser runs over a mapping that remembers what it was asked for.
+parser runs over a mapping that remembers what it was asked for. That is the one place that needs
+DeepSpeed, which is a worker's business; the rest is asked by the driver before there are workers.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from typing import Any, Literal
 
 import pydantic
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
 from lrurec_dist.errors import ConfigError
 
@@ -22,7 +22,18 @@ _OWNERS = {  # sections that we never derive, because what they say is said else
 }
 
 
-def derive(
+def derive(**settings: Any) -> dict[str, Any]:
+    """The JSON of a run, from the arguments of `merge_extras`.
+
+    Raises:
+        ConfigError: as `merge_extras`, or DeepSpeed does not know or take an extra.
+    """
+    merged = merge_extras(**settings)
+    _check_known(merged)
+    return merged
+
+
+def merge_extras(
     *,
     device: torch.device,
     zero_stage: int,
@@ -31,7 +42,7 @@ def derive(
     offload_parameters: Offload = "none",
     extras: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The JSON of a run.
+    """What follows from our settings, with a user's extras, which DeepSpeed has not looked at.
 
     Args:
         device: where this rank computes.
@@ -42,8 +53,7 @@ def derive(
         extras: the user's keys, nested as in DeepSpeed's documentation.
 
     Raises:
-        ConfigError: an extra contradicts what is derived, or DeepSpeed does not know or take it;
-            offloading from a CPU.
+        ConfigError: an extra contradicts what is derived; offloading from a CPU.
     """
     for setting, where in (("offload_optimizer", offload_optimizer), ("offload_parameters", offload_parameters)):
         if where != "none" and device.type == "cpu":
@@ -65,9 +75,7 @@ def derive(
         "zero_allow_untested_optimizer": True,  # DeepSpeed lists Adam, its parent class, by exact type
         "zero_force_ds_cpu_optimizer": False,  # AdamW's fused form does the same, and needs no compiler
     }
-    merged = _merged(derived, extras or {}, "train.deepspeed")
-    _check_known(merged)
-    return merged
+    return _merged(derived, extras or {}, "train.deepspeed")
 
 
 def _merged(derived: Mapping[str, Any], extras: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -108,6 +116,8 @@ class _Asked(dict[str, Any]):
 
 def _check_known(config: dict[str, Any]) -> None:
     """Refuse what DeepSpeed's parser refuses, and keys that it never asks for."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
     asked = _Asked(config)
     try:
         DeepSpeedConfig(asked)

@@ -21,7 +21,7 @@ from lrurec_dist.config import Config
 from lrurec_dist.config_file import from_dict, to_dict
 from lrurec_dist.reporting import METRICS, MetricsFile
 from lrurec_dist.train.attempts import train_in_attempts
-from lrurec_dist.train.checks import check_workers
+from lrurec_dist.train.checks import check_settings
 from lrurec_dist.train.failures import is_collective
 from lrurec_dist.train.heartbeats import BeatingPresence, Heartbeats
 from lrurec_dist.train.worker_process import prepare_process, set_threads
@@ -46,14 +46,14 @@ def launch_training(config: Config) -> None:
     run. What counts of a run is in our own checkpoints.
 
     Raises:
-        ConfigError: more workers than the dataset can have; nothing is started.
+        ConfigError: settings that the devices there are cannot have; nothing is started.
         LrurecError: what a worker raised.
         WorkersError: workers were lost too often, or there is no room for them.
         StoppedError: SIGTERM arrived.
     """
-    check_workers(config)
     options = config.train
     cuda = use_cuda(options.device)
+    check_settings(config, cuda=cuda)
     bundle = {"CPU": options.cpus_per_worker, **({"GPU": 1} if cuda else {}), **options.resources}
 
     def attempt(number: int, workers: int, heartbeats: Heartbeats) -> str:

@@ -22,15 +22,16 @@ from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shards, traini
 from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.reporting import METRICS, MetricsFile
-from lrurec_dist.train.assembly import model_arguments, new_engine, new_model, product_dtype
+from lrurec_dist.train.assembly import new_engine, new_model, product_dtype
 from lrurec_dist.train.bad_batches import BAD_BATCHES, BadBatches
 from lrurec_dist.train.carried import CarriedState
 from lrurec_dist.train.checkpoint_writer import CheckpointWriter
 from lrurec_dist.train.objective import Objective
 from lrurec_dist.train.order import data_order
 from lrurec_dist.train.presence import ENDED, LEFT, TRAINING, VALIDATING, WAITING, Agreement, Presence
-from lrurec_dist.train.resume import begin, describe_subject
+from lrurec_dist.train.resume import begin
 from lrurec_dist.train.schedule import learning_rate_schedule
+from lrurec_dist.train.subject import describe_subject, model_arguments
 from lrurec_dist.train.trackers import Trackers
 from lrurec_dist.train.transfer import MicroBatch, StepBatch, iter_step_batches
 from lrurec_dist.train.window import Window

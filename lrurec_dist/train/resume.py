@@ -5,27 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 from lrurec_dist.config import Config
-from lrurec_dist.config_file import differences, shaping_settings
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.errors import CatalogueError, CheckpointError
 from lrurec_dist.train.carried import NAME as CARRIED
 from lrurec_dist.train.carried import CarriedState
 from lrurec_dist.train.checkpoint import Progress, Subject, moment_names, parameter_names
 from lrurec_dist.train.checkpoint_index import Choice, choose_checkpoint
 from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.pieces import PieceReader
+from lrurec_dist.train.subject import refuse_another_subject
 from lrurec_dist.train.warm_start import warm_start
-
-
-def describe_subject(config: Config, dataset: SequenceDataset, model: dict[str, Any]) -> Subject:
-    """What a run trains; `model` are the arguments of `LRURec`."""
-    return Subject(
-        model=model,
-        num_items=dataset.num_items,
-        catalogue_fingerprint=dataset.manifest["catalogue_fingerprint"],
-        dataset_identity=dataset.identity,
-        settings=shaping_settings(config),
-    )
 
 
 def begin(
@@ -71,30 +59,6 @@ def begin(
         note(line)
     note(f"resuming from {choice.url}")
     return progress, choice.damaged
-
-
-def refuse_another_subject(url: str, manifest: dict[str, Any], subject: Subject) -> None:
-    """Raise unless a checkpoint is of the run that `subject` describes; names what differs.
-
-    A setting that the checkpoint does not know, because it is newer, had its default.
-    """
-    if manifest["catalogue_fingerprint"] != subject.catalogue_fingerprint:
-        raise CatalogueError(
-            f"checkpoint {url} expects catalogue {manifest['catalogue_fingerprint']} ({manifest['num_items']:,} items), the dataset has "
-            f"{subject.catalogue_fingerprint} ({subject.num_items:,}); set train.resume=never or another run_dir"
-        )
-    stored = {**shaping_settings(Config()), **manifest["settings"]}
-    differing = differences({name: stored.get(name, "unset") for name in subject.settings}, subject.settings)
-    if differing:
-        raise CheckpointError(
-            f"checkpoint {url} was trained with other settings than this run ({'; '.join(differing)}); set them back, or choose another "
-            "run_dir, or start over with train.resume=never"
-        )
-    if manifest["dataset_identity"] != subject.dataset_identity:
-        raise CheckpointError(
-            f"checkpoint {url} was trained on dataset {manifest['dataset_identity']}, which has other sequences than "
-            f"{subject.dataset_identity}: its place in the data means nothing there; set train.resume=never or another run_dir"
-        )
 
 
 def standing(choice: Choice) -> Progress:

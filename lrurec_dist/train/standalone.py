@@ -19,7 +19,7 @@ from lrurec_dist.config import Config
 from lrurec_dist.errors import ConfigError, DataNotReadyError
 from lrurec_dist.reporting import METRICS, MetricsFile, say
 from lrurec_dist.run_directory import open_run, run_command
-from lrurec_dist.train.checks import check_workers
+from lrurec_dist.train.checks import check_settings, check_start
 from lrurec_dist.train.worker_process import prepare_process, set_threads
 
 
@@ -33,7 +33,8 @@ def train_standalone(config: Config) -> None:
 
     Raises:
         DataNotReadyError: no dataset.
-        ConfigError: not started by torchrun, a feed that needs Ray, no GPU where one is asked for, or more workers than the dataset can have.
+        ConfigError: not started by torchrun, a feed that needs Ray, no GPU where one is asked for, or settings that contradict each other or the dataset.
+        LrurecError: what `check_start` refuses.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
     if missing:
@@ -53,7 +54,8 @@ def train_standalone(config: Config) -> None:
         batch=dataclasses.replace(config.batch, feed="local"),
         train=dataclasses.replace(config.train, workers=int(os.environ["WORLD_SIZE"])),
     )
-    check_workers(config)
+    check_settings(config, cuda=cuda)
+    check_start(config)
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

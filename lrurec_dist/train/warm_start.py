@@ -6,20 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrurec_dist import PAD_ID, collectives, storage
+from lrurec_dist import PAD_ID, collectives
 from lrurec_dist.config import Config
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.errors import CatalogueError, CheckpointError, DataNotReadyError
 from lrurec_dist.model.item_table import BIAS, normal_values
 from lrurec_dist.train.checkpoint import Progress, Subject, moment_names, parameter_names, read_checkpoint_manifest
-from lrurec_dist.train.checkpoint_index import fault_of, find_checkpoint
+from lrurec_dist.train.checkpoint_index import fault_of
 from lrurec_dist.train.engine import Engine
 from lrurec_dist.train.given_rows import read_given_rows
 from lrurec_dist.train.pieces import PieceReader
 from lrurec_dist.train.sharded_engine import TABLE, ShardedEngine
+from lrurec_dist.train.subject import checkpoint_at, refuse_another_catalogue, refuse_another_shape
 
 _ROWS_AT_A_TIME = 1 << 16  # in float64, for the standard deviation
-_SAME_SHAPE = ("dim", "hidden", "blocks", "temperature")  # of the model; the last one scales what rows mean
 
 
 def warm_start(
@@ -42,11 +41,11 @@ def warm_start(
         CatalogueError: the dataset's catalogue does not begin with that of the checkpoint.
     """
     setting = f"train.warm_start={config.train.warm_start}"
-    url = collectives.on_first_rank(lambda: _checkpoint_at(config.train.warm_start), group)
+    url = collectives.on_first_rank(lambda: checkpoint_at(config.train.warm_start), group)
     if fault := fault_of(url, group):
         raise type(fault)(f"{setting}: {fault}")
     manifest = collectives.on_first_rank(lambda: read_checkpoint_manifest(url, verify=False), group)
-    _refuse_another_shape(setting, manifest, subject)
+    refuse_another_shape(setting, manifest, subject)
     collectives.on_first_rank(lambda: refuse_another_catalogue(setting, manifest, dataset), group)
     with_moments = config.train.warm_start_moments
     with PieceReader(url, manifest["tensors"]) as reader:
@@ -110,39 +109,3 @@ def extended(rows: Tensor, item_ids: range, *, seed: int, total: Callable[[Tenso
     columns = torch.arange(rows.shape[1]) if rows.dim() > 1 else torch.tensor([BIAS])
     drawn = mean + (total(squares) / count).sqrt() * normal_values(new, columns, seed)
     return torch.cat([rows, drawn.to(rows.dtype).view(len(new), *rows.shape[1:])])
-
-
-def refuse_another_catalogue(setting: str, manifest: dict[str, Any], dataset: SequenceDataset) -> None:
-    """Raise unless the dataset's catalogue begins with the one a checkpoint was trained on."""
-    known, expected = manifest["num_items"], manifest["catalogue_fingerprint"]
-    advice = "prepare with dataset.parent=<the dataset of that run>, or train without train.warm_start"
-    if dataset.num_items < known:
-        raise CatalogueError(
-            f"{setting}: knows {known:,} items, {dataset.url} has {dataset.num_items:,}: it does not extend them; {advice}"
-        )
-    found = dataset.catalogue.first(known).fingerprint
-    if found != expected:
-        raise CatalogueError(
-            f"{setting}: its {known:,} items have fingerprint {expected}, the first {known:,} of the {dataset.num_items:,} in {dataset.url} "
-            f"have {found}: ids would change their meaning; {advice}"
-        )
-
-
-def _refuse_another_shape(setting: str, manifest: dict[str, Any], subject: Subject) -> None:
-    for name in _SAME_SHAPE:
-        there, here = manifest["model"][name], subject.model[name]
-        if there != here:
-            raise CheckpointError(
-                f"{setting}: was trained with model.{name}={there}, this run has {here}; set model.{name}={there}, or train without train.warm_start"
-            )
-
-
-def _checkpoint_at(url: str) -> str:
-    if storage.is_committed(url):
-        return url
-    best = find_checkpoint(url, "best")
-    if best is None:
-        raise DataNotReadyError(
-            f"train.warm_start={url}: is neither a checkpoint nor a run directory with one; train that run first"
-        )
-    return best
