@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lrurec_dist.report.page import RunFacts, build_page
-from lrurec_dist.report.svg import bar_chart, interval_chart, line_chart, number, share_bar, ticks
+from lrurec_dist.report.svg import WIDTH, bar_chart, interval_chart, line_chart, number, share_bar, ticks
 
 EVIL = "<script>alert('x')</script>&\"><img src=x onerror=y>"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -181,6 +181,19 @@ def test_every_mark_lies_inside_its_chart() -> None:
                 if name == "points":
                     points = [tuple(map(float, point.split(","))) for point in str(value).split()]
                     assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+
+
+def test_the_last_label_of_an_axis_ends_within_the_chart() -> None:
+    charts = (
+        line_chart({"loss": [(0, 1), (3600, 2)]}, title="loss", x="step", y="loss"),
+        bar_chart([(label, 1) for label in ("1", "2–3", "16384–32767")], title="popularity", x="interactions", y="items"),
+        interval_chart([("model", [(0.0031, 0.003, 0.0035)])], ["95 %"], title="ndcg"),
+    )
+    for chart, last in zip(charts, ("4,000", "16384–32767", "0.004"), strict=True):
+        labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)', chart)
+        assert labels[-1][1] == last
+        for x, label in labels:
+            assert float(x) + len(label) * 7 / 2 <= WIDTH, "a digit is 7 to 8 wide, a comma or a point half of that"
 
 
 def test_a_line_goes_where_its_points_are() -> None:

@@ -6,6 +6,7 @@ from html import escape
 
 WIDTH, HEIGHT = 420, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 36
+_CHARACTER = 7.2  # width of a label's, about
 COLOURS = 5  # series that have one of their own
 
 Points = Sequence[tuple[float, float]]
@@ -47,9 +48,7 @@ def bar_chart(bars: Sequence[tuple[str, float]], *, title: str, x: str, y: str) 
             f"<title>{escape(label)}: {number(value)}</title></rect>"
         )
         if index % every == 0:
-            parts.append(
-                f'<text x="{left + width / 2:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{escape(label)}</text>'
-            )
+            parts.append(_centred(label, left + width / 2, HEIGHT - _BOTTOM + 16))
     return _svg(title, "".join(parts))
 
 
@@ -70,7 +69,7 @@ def interval_chart(
 
     parts = [
         f'<line class="grid" x1="{at(mark):.1f}" x2="{at(mark):.1f}" y1="4" y2="{height - 24}"/>'
-        f'<text x="{at(mark):.1f}" y="{height - 8}" text-anchor="middle">{number(mark)}</text>'
+        + _centred(number(mark), at(mark), height - 8)
         for mark in marks
     ]
     for row, (label, values) in enumerate(rows):
@@ -143,10 +142,15 @@ class _Frame:
             for tick in self._y
         ]
         for tick in self._x if x_labels else ():
-            parts.append(f'<text x="{self.x(tick):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>')
+            parts.append(_centred(_short(tick), self.x(tick), HEIGHT - _BOTTOM + 16))
         parts.append(f'<text class="name" x="{WIDTH - _RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(x)}</text>')
         parts.append(f'<text class="name" x="2" y="{HEIGHT - 5}">{escape(y)}</text>')
         return "".join(parts)
+
+
+def _centred(label: str, x: float, y: float) -> str:
+    """A label below x, as far to the left as it has to be to end within the chart."""
+    return f'<text x="{min(x, WIDTH - _CHARACTER * len(label) / 2):.1f}" y="{y}" text-anchor="middle">{escape(label)}</text>'
 
 
 def _short(value: float) -> str:
