@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lrurec_dist import PAD_ID
 from lrurec_dist.errors import LrurecError
-from lrurec_dist.evaluate import ranking
+from lrurec_dist.evaluate import lists, ranking
 from lrurec_dist.evaluate.ranking import ItemRows, count_ahead, target_ranks, top_k
 from lrurec_dist.model import native
 from tests.reference import rank_of
@@ -41,6 +43,18 @@ def pairs(excluded: list[set[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     flat = [(row, item) for row, items in enumerate(excluded) for item in sorted(items)]
     rows, ids = torch.tensor(flat, dtype=torch.int64).reshape(-1, 2).unbind(1)
     return rows, ids
+
+
+class Sizes(TorchDispatchMode):
+    """Remembers the elements of the largest tensor that any operation gave."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return result
 
 
 @given(
@@ -94,6 +108,26 @@ def test_ranks_and_lists_equal_a_sort_of_every_score(
         assert ranks.tolist() == expected_ranks
         assert np.array_equal(best, expected)
         assert np.array_equal(best_scores, expected_scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("form")
+def test_no_more_than_a_tile_of_scores_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    users, num_items, tile = 256, 5000, 70_000  # scores of fourteen users; two threads' rows of 128 KB in the kernels
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for module in (ranking, lists):
+        monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+    vectors, weight, bias = draw(users, num_items, seed=0, levels=3, dim=2)
+    rows, ids = pairs([{1, 2}] * users)
+    for rank in (
+        lambda: target_ranks(vectors, weight.to(dtype), bias, torch.full((users,), 7), rows, ids),
+        lambda: top_k(vectors, weight.to(dtype), bias, 10, rows, ids),
+        lambda: lists.top_lists(vectors, weight.to(dtype), bias, 10, rows, ids),
+    ):
+        with Sizes() as sizes:
+            rank()
+        assert sizes.largest <= tile
+    assert users * num_items > 10 * tile, "the whole matrix is far larger, or the test would prove nothing"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
