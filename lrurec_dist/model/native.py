@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "ranking.c", "step.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "ranking.c", "shortlist.c", "step.c"))
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-std=c11")
 _PER_THREAD = 1 << 15  # elements that pay for one more thread
 _USERS_OF_A_TASK = 128  # TILE in ranking.c
@@ -120,6 +120,25 @@ def step_users(parameters: Tensor, states: Tensor, vectors: Tensor, epsilon: flo
           ctypes.c_float(epsilon), parameters, states, vectors)  # fmt: skip
 
 
+def shortlist(
+    vector: Tensor,
+    weight: Tensor,
+    rounded: Tensor,
+    facts: tuple[Tensor, Tensor, Tensor],
+    excluded: list[int],
+    ids: Tensor,
+    scores: Tensor,
+) -> int:
+    """Put the best rows for vector (dim,) into ids and scores (k,), which are contiguous, and return how many there are.
+
+    The table is as `shortlist.Shortlist` holds it; -1, and nothing is found, where the vector is not finite.
+    """
+    count, quads = len(facts[0]), rounded.shape[1]
+    room = torch.empty(2, count, dtype=torch.int32)
+    return _call("shortlist", None, count, len(vector), quads, vector, weight, rounded, *facts, len(excluded),
+                 torch.tensor(excluded, dtype=torch.int32), len(ids), torch.empty(quads, dtype=torch.int32), *room, ids, scores)  # fmt: skip
+
+
 def _mask(seed: int, probability: float) -> tuple[ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_float]:
     dropped = min(round(probability * 2**32), 2**32 - 1)
     return ctypes.c_uint32(seed), ctypes.c_uint32(seed >> 32), ctypes.c_uint32(dropped), ctypes.c_float(1 / (1 - probability))
@@ -188,8 +207,8 @@ def _threads(elements: int) -> ctypes.c_int:
     return ctypes.c_int(max(1, min(torch.get_num_threads(), elements // _PER_THREAD)))
 
 
-def _call(name: str, dtype: torch.dtype | None, *arguments: object) -> None:
-    """Call a kernel; tensors go as pointers, absent ones as null, counts as 64-bit integers and flags as int."""
+def _call(name: str, dtype: torch.dtype | None, *arguments: object) -> int:
+    """Call a kernel, and return what it does, if anything; tensors go as pointers, absent ones as null, counts as 64-bit integers and flags as int."""
     kernels = load()
     assert kernels is not None
     kernel = getattr(kernels, name if dtype is None else f"{name}_{str(dtype).removeprefix('torch.')}")
@@ -205,4 +224,4 @@ def _call(name: str, dtype: torch.dtype | None, *arguments: object) -> None:
             passed.append(ctypes.c_int(argument))
         else:
             passed.append(ctypes.c_int64(argument) if isinstance(argument, int) else argument)
-    kernel(*passed)
+    return int(kernel(*passed))

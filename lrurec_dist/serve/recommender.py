@@ -11,6 +11,7 @@ from torch import Tensor
 from lrurec_dist import PAD_ID
 from lrurec_dist.errors import BundleError, LrurecError, StateError
 from lrurec_dist.evaluate.ranking import top_k
+from lrurec_dist.model.shortlist import Shortlist
 from lrurec_dist.model.stepping import Stepper
 from lrurec_dist.serve.bundle import GOLDEN_TOLERANCE as SCORE_TOLERANCE
 from lrurec_dist.serve.bundle import Bundle, load_bundle
@@ -49,6 +50,7 @@ class Recommender:
         self._bundle, self._recent_items = bundle, recent_items
         self._item_rows, self._bias = bundle.model.item_rows(), bundle.candidate_bias
         self._stepper = Stepper(bundle.model)
+        self._shortlist: Shortlist | None = None
         self._keys = ItemKeys(bundle.item_keys, bundle.item_titles)
         states, vectors = initial_states(bundle.model, 1)
         self._initial = UserState(bundle.version, states[0], vectors[0], (), 0)
@@ -68,6 +70,8 @@ class Recommender:
         """
         recommender = cls(load_bundle(url), recent_items=recent_items)
         recommender.check_golden()
+        if Shortlist.usable(recommender._item_rows):
+            recommender._shortlist = Shortlist(recommender._item_rows, recommender._bias)
         return recommender
 
     @property
@@ -226,6 +230,8 @@ class Recommender:
             raise LrurecError(f"k={k}: has to be in 1..{self.num_items}, the size of the catalogue")
         more = repeat((), len(seen)) if exclude is None else (self._keys.find(keys) for keys in exclude)
         dropped = [[*(items if self._bundle.exclude_history else ()), *extra] for items, extra in zip(seen, more, strict=True)]
+        if allow is None and self._shortlist and (found := self._shortlist.top_k(vectors, k, dropped)):
+            return found
         rows = torch.arange(len(dropped)).repeat_interleave(torch.tensor([len(ids) for ids in dropped], dtype=torch.int64))
         ids = torch.tensor([*chain.from_iterable(dropped)], dtype=torch.int64)
         if allow is None:
