@@ -56,7 +56,7 @@ def write_version(registry: str, items: int, seed: int) -> str:
         model_arguments=arguments,
         max_length=MAX_LENGTH,
         exclude_history=False,
-        catalogue=pa.table({"item_key": pa.array(keys, pa.large_string())}),
+        catalogue=pa.table({"item_id": range(1, items + 1), "item_key": pa.array(keys, pa.large_string())}),
         catalogue_fingerprint="none",
         golden=GoldenAnswers([keys[:3]], ids, scores),
         metrics={"model": {}, "popularity": {}, "users": 0, "largest_decay_modulus": 0.99},
@@ -146,7 +146,13 @@ def main() -> None:
         service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603  # our own job
         try:
             assert service.stdout is not None
-            assert any(line.startswith("serve: http") for line in service.stdout), "the service did not start"
+            told = []
+            for line in service.stdout:
+                told.append(line)
+                if line.startswith("serve: http"):
+                    break
+            else:
+                raise SystemExit(f"the service did not start: {''.join(told)}")
             seen: list[tuple[int, float, str]] = []
             errors: list[str] = []
             send(port, 0, options.items, time.perf_counter() + 1, [], [])

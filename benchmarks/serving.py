@@ -6,7 +6,8 @@ One user at a time, one request after the other, dim 64, two blocks. Sides take 
 what else the machine does meets all of them; a side's figures are of all its requests. On a machine that others use,
 `--processor-time` takes one thread and counts its time alone. *step* carries a state; *encode again*
 runs LRURec, and *Transformer* a SASRec-shaped one (two causal blocks, two heads, feed-forward as wide inside as LRURec's,
-the vector of the last position), over the whole history. All are ranked by the same exact top-k; *model* is without it.
+the vector of the last position), over the whole history. All are ranked by the same exact top-k, the one that a `Recommender` takes
+for a single user; *model* is without it.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from lrurec_dist.evaluate.ranking import top_k
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.model.process import arrange_cpu
+from lrurec_dist.model.shortlist import Shortlist
 from lrurec_dist.model.stepping import Stepper
 from lrurec_dist.reporting import format_table, say
 
@@ -66,16 +68,23 @@ def sides_of(model: LRURec, length: int) -> dict[str, Callable[[], Tensor]]:
     }
 
 
+def ranking_of(model: LRURec) -> Callable[[Tensor], object]:
+    """The best items for one user."""
+    weight, bias, none = model.item_rows(), model.table.bias, torch.empty(0, dtype=torch.int64)
+    if Shortlist.usable(weight):
+        shortlist = Shortlist(weight, bias)
+        return lambda vector: shortlist.top_k(vector, K, [[]])
+    return lambda vector: top_k(vector, weight, bias, K, none, none)
+
+
 def measure(model: LRURec, length: int, seconds: float, clock: Callable[[], float]) -> dict[tuple[str, str], list[float]]:
     """Seconds of each request, by side and by what is timed: the model, or the model and the ranking."""
-    none = torch.empty(0, dtype=torch.int64)
+    best = ranking_of(model)
     taken: dict[tuple[str, str], list[float]] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for side, run in sides_of(model, length).items():
         calls[side, "model"] = run
-        calls[side, "with top-k"] = functools.partial(
-            lambda run: top_k(run(), model.table.weight, model.table.bias, K, none, none), run
-        )
+        calls[side, "with top-k"] = functools.partial(lambda run: best(run()), run)
     started, turn = time.perf_counter(), 0
     while turn <= TURNS or time.perf_counter() - started < seconds:
         for name, call in calls.items():
