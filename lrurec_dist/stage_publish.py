@@ -44,8 +44,8 @@ def publish(config: Config, status: Status, session: RaySession) -> None:
     done, champion = status.committed("publish", inputs), read_channel(registry, CHAMPION).pointer
     if champion and champion.version == version:
         say(f"publish: skipped, {version} is champion, generation {champion.generation}")
-        _tell(config)
         status.commit("publish", inputs, _outputs(version, champion.decision, champion.generation, promoted=True))
+        _tell(config)
         return
     if done and done["promoted"]:
         standing = (
@@ -71,10 +71,10 @@ def publish(config: Config, status: Status, session: RaySession) -> None:
         return checks, facts
 
     outcome = offer(registry, version, examine, about)
-    _tell(config)
     if outcome.pointer is None:
         generation = champion.generation if champion else 0
         status.commit("publish", inputs, _outputs(version, outcome.decision, generation, promoted=False))
+        _tell(config)
         failed = gate.refused(outcome.checks)
         raise GateRefusedError(
             f"publish: {version} is refused by {len(failed)} of {len(outcome.checks)} checks ({'; '.join(check.name for check in failed)}); "
@@ -84,6 +84,7 @@ def publish(config: Config, status: Status, session: RaySession) -> None:
     generation = outcome.pointer.generation
     status.commit("publish", inputs, _outputs(version, outcome.decision, generation, promoted=True))
     say(f"publish: {version} is champion, generation {generation}; decision {decision_url(registry, outcome.decision)}")
+    _tell(config)
     if config.publish.keep:
         for removal in collect(registry, config.publish.keep, remove=True):
             say(f"publish: removed {removal.version}, {removal.bytes / 1e6:,.1f} MB: {removal.reason}")

@@ -11,7 +11,7 @@ from lrurec_dist.config import Config
 from lrurec_dist.config_file import shaping_settings
 from lrurec_dist.data.batches import pad_left, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.data.titles import read_titles
+from lrurec_dist.data.titles import read_titles, title_files
 from lrurec_dist.errors import BundleError, ConfigError, LrurecError, StoppedError
 from lrurec_dist.evaluate.ranking import top_k
 from lrurec_dist.ray_session import RaySession
@@ -56,8 +56,10 @@ def run(config: Config, stages: Sequence[Stage], before: Callable[[Stage], None]
         check_settings(config, cuda=config.train.device != "cpu")
     status = open_run(config)
     started = time.perf_counter()
-    session = RaySession(config)
+    session, stage = RaySession(config), stages[0]
     try:
+        if "bundle" in stages and config.bundle.titles:
+            title_files(config.bundle.titles)  # rather than after the training
         with on_sigterm(interrupt):
             for stage in stages:
                 status.running(stage)

@@ -105,6 +105,7 @@ def test_the_first_champion_needs_no_other_and_is_published_once(
     config, version = with_bundle(tmp_path, dataset, good, "publish.mlflow_model=shop")
     run(config, ["publish"])
     assert mlflow_store.get_model_version_by_alias("shop", "champion").tags["bundle"] == version
+    mlflow_store.delete_registered_model_alias("shop", "champion")
     assert (pointer(tmp_path).version, pointer(tmp_path).generation) == (version, 1)
     checks = checks_of(tmp_path, f"{version}-1")
     assert checks["champion"]["reason"] == "there is none to compare with"
@@ -121,6 +122,7 @@ def test_the_first_champion_needs_no_other_and_is_published_once(
         assert Status(config.run_dir).stages["publish"]["outputs"] == outputs
     make_champion(tmp_path, dataset, preferring(NUM_ITEMS, 1))
     rollback(str(tmp_path))
+    assert mlflow_store.get_model_version_by_alias("shop", "champion").tags["bundle"] == version, "made up for"
     other = make_champion(tmp_path, dataset, preferring(NUM_ITEMS, 1))
     run(config, ["publish"])
     assert f"{version} was promoted as generation 1; {other} is champion now, generation 4" in capsys.readouterr().out

@@ -7,9 +7,11 @@ import pyarrow as pa
 import pytest
 
 from lrurec_dist import storage
+from lrurec_dist.config_file import load_config
 from lrurec_dist.data.catalogue import Catalogue
 from lrurec_dist.data.titles import LONGEST, read_titles
 from lrurec_dist.errors import ConfigError, DataNotReadyError
+from lrurec_dist.stages import run
 
 
 def catalogue(keys: list[str] | list[int]) -> Catalogue:
@@ -54,3 +56,7 @@ def test_what_are_no_titles_is_refused_with_the_file_and_the_reason(tmp_path: Pa
         read_titles(f"{tmp_path}/other.parquet", catalogue([7]))
     with pytest.raises(DataNotReadyError, match=r"bundle\.titles=.*nowhere: no file is there"):
         read_titles(f"{tmp_path}/nowhere", catalogue([7]))
+    job = [f"run_dir={tmp_path}/run", f"bundle.titles={tmp_path}/nowhere"]
+    with pytest.raises(DataNotReadyError, match="no file is there"):
+        run(load_config(None, job), ["prepare", "train", "evaluate", "bundle"])
+    assert not (tmp_path / "run" / "dataset").exists(), "nothing was begun"

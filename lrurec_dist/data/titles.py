@@ -14,6 +14,18 @@ LONGEST = 300  # characters of a title that are kept
 _COLUMNS = ("item_key", "title")
 
 
+def title_files(pattern: str) -> list[str]:
+    """The files that `bundle.titles` names, in order.
+
+    Raises:
+        DataNotReadyError: there is none.
+    """
+    files = list(storage.expand(pattern))
+    if not files:
+        raise DataNotReadyError(f"bundle.titles={pattern}: no file is there; write it first, or leave the setting empty")
+    return files
+
+
 def read_titles(pattern: str, catalogue: Catalogue) -> pa.Array:
     """Titles of item_id 1, 2, …, as text; null for an item that no file names.
 
@@ -26,10 +38,7 @@ def read_titles(pattern: str, catalogue: Catalogue) -> pa.Array:
         DataNotReadyError: there is no such file.
         ConfigError: a file has other columns, keys of another type, or is of neither format.
     """
-    files = list(storage.expand(pattern))
-    if not files:
-        raise DataNotReadyError(f"bundle.titles={pattern}: no file is there; write it first, or leave the setting empty")
-    table = pa.concat_tables(_read(file, catalogue.keys.type) for file in files)
+    table = pa.concat_tables(_read(file, catalogue.keys.type) for file in title_files(pattern))
     table = table.filter(pc.is_valid(table["item_key"]))
     # Of a key that is there twice the last row is found, since it comes first here.
     newest_first = table.take(pa.array(range(table.num_rows - 1, -1, -1), pa.int64()))
