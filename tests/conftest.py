@@ -1,4 +1,4 @@
-"""Shared fixtures. Ray is started once per module that asks for it: starting it costs seconds."""
+"""Shared fixtures. Ray is started once, for all modules that ask for it, which come last: starting it costs seconds."""
 
 import os
 import shutil
@@ -21,9 +21,15 @@ from tests.stores import s3_environment as s3_environment
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    """A Ray of this module's own, never one that happens to run on the machine."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that use the Ray of the tests run last, so that its processes are not beside all others."""
+    using = {item.path for item in items if "ray_session" in item.fixturenames}  # type: ignore[attr-defined]
+    items.sort(key=lambda item: item.path in using)
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3_environment: object) -> Iterator[None]:  # noqa: ARG001
+    """A Ray of the tests' own, never one that happens to run on the machine; its workers inherit the way to the S3 server."""
     ray.init(address="local", num_cpus=3, logging_level="ERROR", log_to_driver=False)
     configure_ray_data()
     yield

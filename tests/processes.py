@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180) -> list[Any]:
     """What `function(*args)` returns on each rank, in the order of ranks; any failure fails the caller."""
-    # Forked from a process that has imported everything, once: importing torch and DeepSpeed takes a rank four seconds of a core.
+    # Forked from a process that has imported everything, once: torch, DeepSpeed and what they import take four seconds of a core.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     results = context.Queue()

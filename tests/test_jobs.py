@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -162,14 +163,27 @@ def test_a_job_on_a_terminal_shows_bars_and_one_without_does_not(tmp_path: Path)
     ],
 )
 def test_a_bad_start_ends_with_one_clear_line_and_its_code(
-    tmp_path: Path, name: str, arguments: list[str], code: int, message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    arguments: list[str],
+    code: int,
+    message: str,
 ) -> None:
     log = tmp_path / "log.parquet"
     pq.write_table(pa.table({"user_id": [1], "item_id": [1], "timestamp": [1]}), log)
-    job = run_job(name, *(argument.format(log=log) for argument in arguments), f"run_dir={tmp_path / 'run'}")
-    assert job.returncode == code
-    assert message in job.stdout.splitlines()[-1]
-    assert "Traceback" not in job.stdout + job.stderr
+    job = ROOT / "jobs" / f"{name}.py"
+    monkeypatch.setattr(
+        sys, "argv", [str(job), *(argument.format(log=log) for argument in arguments), f"run_dir={tmp_path / 'run'}"]
+    )
+    monkeypatch.chdir("/")
+    with pytest.raises(SystemExit) as ended:  # as a process would, without the seconds that starting one takes
+        runpy.run_path(str(job), run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == code
+    assert message in said.out.splitlines()[-1]
+    assert "Traceback" not in said.out + said.err
     if (tmp_path / "run" / "status.json").exists():
         assert read_status(tmp_path / "run")["exit_code"] == code
 

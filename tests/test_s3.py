@@ -293,7 +293,7 @@ def test_only_the_wanted_columns_are_fetched(s3, bucket):
     assert all(ranges)
 
 
-@pytest.mark.usefixtures("s3_environment", "ray_session")  # in this order: Ray's workers inherit the environment
+@pytest.mark.usefixtures("ray_session")
 def test_a_dataset_is_prepared_and_merged_from_s3_on_s3(bucket, by):
     users = np.repeat(np.arange(40), 6)
     log = pa.table({"user_id": users, "item_id": users % 7 + np.tile(np.arange(6), 40), "timestamp": np.arange(240)})

@@ -9,6 +9,8 @@ from lrurec_dist.model.process import arrange_cpu
 
 def prepare_process(cuda: bool) -> None:
     """Settings to make before DeepSpeed is imported."""
+    # DeepSpeed decorates an optimizer that is not ours with torch.compile, and that loads the compiler: a second of each start
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"  # or it takes a GPU it sees
         arrange_cpu()
