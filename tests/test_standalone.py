@@ -43,7 +43,7 @@ import os, sys
 from lrurec_dist.train.standalone import main
 code = main(sys.argv[1:], description="", default_config="")
 with open(f"{os.environ['SEEN']}/{os.environ['RANK']}", "w") as file:
-    print(*sorted({"ray", "deepspeed", "omegaconf"} & set(sys.modules)), file=file)
+    print(*sorted({"ray", "deepspeed", "omegaconf", "torch._inductor.compile_fx"} & set(sys.modules)), file=file)
 sys.exit(code)
 """
 
