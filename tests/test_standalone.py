@@ -100,7 +100,7 @@ def test_shares_of_the_time_add_up_to_no_more_than_all_of_it(tmp_path: Path, dat
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for record in train_records(tmp_path / "run"):
-        shares = [record[f"{name}_share"] for name in ("waiting", "forward", "backward", "update")]
+        shares = [record[f"{name}_share"] for name in ("waiting", "forward", "backward", "communication", "update")]
         assert all(share > 0 for share in shares)
         assert sum(shares) <= 1
         assert 0 <= record["padding_share"] < 1

@@ -10,6 +10,7 @@ from lrurec_dist.train.window import PHASES, Window
 from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
+SPENT = (0.01, 0.02, 0.03, 0.04, 0.05)
 
 
 def clipped(norm: float, skipped: float = 0.0) -> ClipResult:
@@ -24,7 +25,7 @@ def spend(seconds: float) -> None:
 
 def test_shares_are_those_of_the_time_spent_in_each_phase() -> None:
     window = Window(CPU)
-    for name, seconds in zip(PHASES, (0.01, 0.02, 0.03, 0.04), strict=True):
+    for name, seconds in zip(PHASES, SPENT, strict=True):
         with window.phase(name):
             spend(seconds)
     spend(0.1)  # in no phase
@@ -32,7 +33,7 @@ def test_shares_are_those_of_the_time_spent_in_each_phase() -> None:
     totals, seconds = window.totals(), window.seconds
     found = [totals[f"{name}_share"] * seconds for name in PHASES]
     # a share never counts less than was spent in it; more, where other processes had the core meanwhile
-    assert all(least <= share for least, share in zip((0.01, 0.02, 0.03, 0.04), found, strict=True))
+    assert all(least <= share for least, share in zip(SPENT, found, strict=True))
     assert sum(found) <= seconds - 0.1 + 0.01
 
 

@@ -280,7 +280,7 @@ def _throughput(training: Sequence[Mapping[str, Any]]) -> str:
     if not training:
         return _absent()
     names = [name for name in training[-1] if name.endswith("_share") and name != "padding_share"]
-    shares = {name.removesuffix("_share"): sum(record[name] for record in training) / len(training) for name in names}
+    shares = {name.removesuffix("_share"): sum(record.get(name, 0.0) for record in training) / len(training) for name in names}
     shares["other"] = max(0.0, 1 - sum(shares.values()))
     rate = line_chart({"targets": _points(training, "targets_per_s")}, title="Targets per second", x="step", y="targets/s")
     return _cards(

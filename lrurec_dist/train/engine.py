@@ -101,10 +101,10 @@ class Engine:
         self._zero_stage = int(config["zero_optimization"]["stage"])
         self._offloaded = config["zero_optimization"]["offload_optimizer"]["device"] != "none"
         self.accumulation = int(config["gradient_accumulation_steps"])
-        # Below stage 2 gradients are reduced when the update asks for it, so that its time is known.
+        # Below stage 2 gradients are reduced when `reduce` asks for it, so that its time is known.
         self._engine.enable_backward_allreduce = self._zero_stage >= 2
         self._device, self._clip_norm = device, clip_norm
-        self._backwards = 0
+        self._backwards, self._reduced = 0, False
         self.model = model
         self._create_moments()
 
@@ -132,6 +132,15 @@ class Engine:
         if self._backwards < self.accumulation:
             self._engine.step()  # counts a micro-batch
 
+    def reduce(self) -> None:
+        """Add up the gradients of all ranks, where the backward passes have left that to do: below stage 2.
+
+        `update` does it itself where nobody has asked before it for the sake of its time.
+        """
+        if not self._engine.enable_backward_allreduce and not self._reduced:
+            self._engine.allreduce_gradients()
+        self._reduced = True
+
     def update(self, outside_sq_norm: float | Tensor = 0.0) -> ClipResult:
         """One optimizer step with the gradient that was added up, clipped by its global norm.
 
@@ -141,9 +150,8 @@ class Engine:
                 multiplies them with the result's `factor`, and leaves them if it is `skipped`.
         """
         assert self._backwards == self.accumulation, "an update needs all of its micro-batches"
-        self._backwards = 0
-        if not self._engine.enable_backward_allreduce:
-            self._engine.allreduce_gradients()
+        self.reduce()
+        self._backwards, self._reduced = 0, False
         sq_norm = torch.zeros((), dtype=torch.float64, device=self._device)
         gradients = self._gradients()
         if gradients:

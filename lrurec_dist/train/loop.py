@@ -180,6 +180,8 @@ class _Worker:
             loss_sum += micro_loss.detach()
             seen = (micro.targets.numel(), micro.kept.numel(), micro.keep.numel())
             counts = [sum(pair) for pair in zip(counts, seen, strict=True)]
+        with window.phase("communication"):
+            self.engine.reduce()
         with window.phase("update"):
             clipped = self.engine.update()
         self.bad_batches.remember(batch, loss_sum)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lrurec_dist import collectives
 from lrurec_dist.train.engine import ClipResult
 
-PHASES = ("waiting", "forward", "backward", "update")  # of a step; update: reduction of gradients, clipping, AdamW
+PHASES = ("waiting", "forward", "backward", "communication", "update")  # of a step; the last: clipping and AdamW
 
 
 class Window:
