@@ -7,7 +7,7 @@ from html import escape
 WIDTH, HEIGHT = 420, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 36
 _CHARACTER = 7.2  # width of a label's, about
-COLOURS = 5  # series that have one of their own
+COLOURS = 6  # series that have one of their own
 
 Points = Sequence[tuple[float, float]]
 
