@@ -85,6 +85,7 @@ class TrainConfig:
     max_minutes: float = 0.0  # 0: no limit; otherwise training ends at the next report after so long
     report_every: int = 50  # steps between progress lines
     validate_every: int = 500  # steps between validations
+    validate_lists: bool = False  # validations build lists of evaluate.list_k items too, and report their coverage
     patience: int = 10  # validations without a better recall@10 before training ends
     checkpoint_every: int = 0  # steps between checkpoints besides those at validations; 0: none
     keep_checkpoints: int = 2  # the latest so many; and the best
@@ -211,6 +212,12 @@ class Config:
             f"raise it to {workers * batch.max_length} or more, or take fewer workers",
         )
 
+        require(
+            not self.train.validate_lists or self.evaluate.list_k > 0,
+            "train.validate_lists",
+            self.train.validate_lists,
+            "needs lists, and evaluate.list_k=0 makes none; set evaluate.list_k=10, or train.validate_lists=false",
+        )
         self._check_table()
 
     def _check_table(self) -> None:

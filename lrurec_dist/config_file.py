@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "train.activation_checkpointing",
     "train.accumulation",
     "train.track",
+    "train.validate_lists",
     "train.max_steps",
     "train.max_minutes",
     "train.patience",

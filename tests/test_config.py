@@ -189,6 +189,12 @@ def test_a_value_of_the_wrong_type_names_its_setting(override, setting):
             "exceeds train.max_steps=500",
             "never reach train.learning_rate",
         ),
+        (
+            ["train.validate_lists=true", "evaluate.list_k=0"],
+            "train.validate_lists=True",
+            "needs lists",
+            "set evaluate.list_k=10",
+        ),
         (["train.track=[tensorbord]"], "train.track=['tensorbord']", "tensorbord is none of", "tensorboard, mlflow, wandb"),
         (
             ["model.ring_min=0.9", "model.ring_max=0.5"],

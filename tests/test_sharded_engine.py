@@ -45,7 +45,7 @@ OPTIONS = [
 SHARDED = "model.table=sharded"
 # name: settings of a run; each is computed by one process and three, sharded, and by one process, replicated
 CURVES: dict[str, list[str]] = {
-    "full softmax": ["train.max_steps=50", "train.validate_every=25"],
+    "full softmax": ["train.max_steps=50", "train.validate_every=25", "train.validate_lists=true"],
     "sampled softmax": [
         "train.max_steps=10",
         "train.validate_every=10",
@@ -182,12 +182,14 @@ def metrics_of(run: Path, record: Mapping[str, Any]) -> dict[str, float]:
         batch_size=7,
         exclude_history=True,
         deepest=10,
+        list_k=10,
     )
-    counts = RankCounts(10)
+    counts, listed = RankCounts(10), torch.zeros(NUM_ITEMS + 1, dtype=torch.bool)
     model = load_model(checkpoint_url(str(run), record["step"]))
     for name in dataset.shard_names:
-        counts.counts += rank_shard(model, dataset.read_shard(name), protocol).counts
-    return {"users": counts.users, **counts.metrics(KS)}
+        counts.counts += rank_shard(model, dataset.read_shard(name), protocol, listed).counts
+    coverage = {"coverage@10": int(listed[1:].sum()) / NUM_ITEMS} if "coverage@10" in record else {}
+    return {"users": counts.users, **counts.metrics(KS), **coverage}
 
 
 @pytest.mark.parametrize("name", ["full softmax", "sampled softmax"])  # the other one is ranked with products in bfloat16
@@ -199,6 +201,7 @@ def test_metrics_of_a_validation_on_three_ranks_are_the_figures_of_its_checkpoin
         expected = metrics_of(run, record)
         assert 30 < expected["users"] < 86
         assert {key: record[key] for key in expected} == expected
+        assert ("coverage@10" in expected) == (name == "full softmax")
     replicated = records(place / f"{name}, replicated", "validation")
     kept = ("step", "users", "recall@1", "recall@5", "recall@10", "ndcg@10")
     assert [[record[key] for key in kept] for record in validations] == [[record[key] for key in kept] for record in replicated]

@@ -286,10 +286,12 @@ class _Worker:
             exclude_history=options.exclude_history,
             deepest=max(options.ks),
             product_dtype=getattr(torch, options.precision),
+            list_k=options.list_k if self.config.train.validate_lists else 0,
         )
         model.eval()
         counts = RankCounts(protocol.deepest)
-        for done, of_shard in enumerate(rank_shards(model, self.validation_shards, protocol), start=1):
+        listed = torch.zeros(self.dataset.num_items + 1, dtype=torch.bool, device=self.device) if protocol.list_k else None
+        for done, of_shard in enumerate(rank_shards(model, self.validation_shards, protocol, listed), start=1):
             counts.counts += of_shard.counts
             if time.perf_counter() - told >= RANKING_REPORT_S:
                 told = time.perf_counter()
@@ -297,6 +299,9 @@ class _Worker:
         model.train()
         counts.counts = collectives.all_reduce_sum(counts.counts.to(self.device)).cpu()
         metrics = counts.metrics(options.ks)
+        if listed is not None:
+            on_some_list = collectives.all_reduce_sum(listed[1:].int()).count_nonzero().item()
+            metrics[f"coverage@{protocol.list_k}"] = on_some_list / self.dataset.num_items
         is_best = metrics["recall@10"] > self.progress.best_recall
         self.progress = replace(
             self.progress,
