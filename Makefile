@@ -36,8 +36,9 @@ help: ## list the targets
 quickstart: $(ready)base ## log to verified bundle on a synthetic log, into runs/quickstart
 	@"$(python)" jobs/train.py
 
+# Two files at a time, as most tests wait for processes that they start; in the order of their collection.
 test: $(ready)test ## run the tests
-	@"$(python)" -m pytest
+	@"$(python)" -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(ready)test ## run the tests that lose, drain and hang nodes of clusters of their own, and kill nights: many minutes
 	@"$(python)" -m pytest -m faults
