@@ -120,6 +120,9 @@ def test_a_merged_night_takes_late_rows_of_its_window_and_quarantines_others(roo
     config = tiny(root, log, f"night.date={DAYS[1]}", "night.late_days=2", "log.max_rejected_share=0.5")
     dataset = SequenceDataset(prepared(config).dataset)
     assert dataset.manifest["rows_rejected"] == {"future": 1, "late": 1}
+    counted = dataset.manifest["partitions"][DAYS[0]]
+    assert (counted["rows_read"], counted["events"], counted["rows_rejected"]) == (4, 2, {"future": 1, "late": 1})
+    assert sum(counted["events"] for counted in dataset.manifest["partitions"].values()) == dataset.manifest["rows_read"] - 2
     quarantined = [
         row
         for name in dataset.manifest["files"]

@@ -6,7 +6,7 @@ what each shard was dealt with what it held before. Whatever else goes over shar
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from ray.exceptions import RayTaskError
 from lrurec_dist import storage
 from lrurec_dist.data.events import EventRules, read_unit
 from lrurec_dist.data.shards import MergeRules, ShardReport, partition, shard_of, summarise, write_shard
-from lrurec_dist.data.sources import ReadUnit
+from lrurec_dist.data.sources import ReadUnit, Source
 from lrurec_dist.errors import LrurecError
 
 LOCAL_BYTES = 512 << 20  # a night whose files are smaller is prepared in one process, in about six times their size
@@ -42,6 +42,27 @@ class PartReport:
     items: pa.Table
     files: dict[str, dict[str, Any]]
     user_type: str | None
+
+
+def by_partition(sources: Iterable[Source], units: Sequence[ReadUnit], parts: Sequence[PartReport]) -> dict[str, dict[str, Any]]:
+    """What was read of each partition: files, bytes, and what became of its rows.
+
+    rows_read = events + rows_rejected, by reason, + rows_filtered; a log without partitions is one called "".
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        counts = {"files": 0, "bytes": 0, "rows_read": 0, "events": 0, "rows_rejected": {}, "rows_filtered": 0}
+        of_partition = found.setdefault(source.partition, counts)
+        of_partition["files"] += 1
+        of_partition["bytes"] += source.size
+    for unit, part in zip(units, parts, strict=True):
+        of_partition = found[unit.source.partition]
+        of_partition["rows_read"] += part.rows_read
+        of_partition["events"] += part.events
+        of_partition["rows_filtered"] += sum(part.filtered.values())
+        for reason, count in part.rejected.items():
+            of_partition["rows_rejected"][reason] = of_partition["rows_rejected"].get(reason, 0) + count
+    return dict(sorted(found.items()))
 
 
 def read_part(index: int, unit: ReadUnit, rules: EventRules, shards: int, url: str) -> tuple[PartReport, list[pa.Table]]:

@@ -10,7 +10,7 @@ from lrurec_dist import storage
 from lrurec_dist.data.catalogue import save_catalogue
 from lrurec_dist.data.events import EventRules, inspect_schemas
 from lrurec_dist.data.numbering import catalogue_of, deleted_ids, keys_in, with_figures
-from lrurec_dist.data.passes import PartReport, passes_for
+from lrurec_dist.data.passes import PartReport, by_partition, passes_for
 from lrurec_dist.data.sequences import LENGTHS, SCHEMA_VERSION, SequenceDataset, remove_leftovers
 from lrurec_dist.data.shards import TIE_RULE, MergeRules, ShardReport, describe_shards, save_lengths
 from lrurec_dist.data.sources import ReadUnit, Source, TableSnapshot, read_units, resolve_sources
@@ -158,6 +158,7 @@ def prepare_dataset(
         "rows_read": rows_read,
         "rows_rejected": rejected,
         "rows_filtered": _summed(part.filtered for part in parts),
+        "partitions": by_partition(fresh, units, parts),
         "events_dropped": dropped,
         "events_quarantined": {},
         "users_quarantined": 0,
@@ -278,6 +279,7 @@ def _unchanged(url: str, base: SequenceDataset, inputs: dict[str, Any]) -> Seque
         "rows_read": 0,
         "rows_rejected": {},
         "rows_filtered": {},
+        "partitions": {},
         "events_dropped": {},
         "events_quarantined": {},
         "users_quarantined": 0,

@@ -1,13 +1,11 @@
 """`lineage.json` of a night: from the files it read to the decision about its bundle, in one plain file."""
 
 import time
-from collections import defaultdict
 from typing import Any
 
 from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.data.sequences import SequenceDataset
-from lrurec_dist.data.sources import partition_of
 from lrurec_dist.nightly.plan import registry_of
 from lrurec_dist.nightly.records import LINEAGE, NightRecord
 from lrurec_dist.serve.channels import CHAMPION, decision_url, read_channel
@@ -32,7 +30,7 @@ def write_lineage(config: Config, record: NightRecord, result: str) -> dict[str,
     """Write what became of a night that is over, and return it.
 
     Args:
-        config: of the nights; its registry and partition column count.
+        config: of the nights; its registry counts.
         record: of the night, read after its last stage.
         result: done or refused.
     """
@@ -50,7 +48,7 @@ def write_lineage(config: Config, record: NightRecord, result: str) -> dict[str,
         "seconds": record.seconds,
         "parent": night.parent,
         "previous": night.previous,
-        "partitions": _partitions(files, config.log.partition_column),
+        "partitions": dataset.manifest.get("partitions", {}),  # which an earlier version did not count
         "files": [{"url": url, "version": version} for url, version in files.items()],
         "dataset": {"url": dataset.url, "identity": dataset.identity, **{name: dataset.manifest[name] for name in _FACTS}},
         "checkpoint": stages["train"]["outputs"]["best"],
@@ -68,16 +66,6 @@ def write_lineage(config: Config, record: NightRecord, result: str) -> dict[str,
     }
     storage.write_json(storage.join(record.url, LINEAGE), lineage)
     return lineage
-
-
-def _partitions(files: dict[str, str], column: str) -> dict[str, dict[str, int]]:
-    """Files and bytes that were new to the night, by partition; of a table whose URLs name none, all together."""
-    found: dict[str, dict[str, int]] = defaultdict(lambda: {"files": 0, "bytes": 0})
-    for url, version in files.items():
-        partition = found[partition_of(url, column) or ""]
-        partition["files"] += 1
-        partition["bytes"] += int(version.split()[0])
-    return dict(sorted(found.items()))
 
 
 def _beside_previous(config: Config, record: NightRecord, kind: str) -> dict[str, Any] | None:
