@@ -98,9 +98,8 @@ class TrainConfig:
     wait_for_workers_s: float = 300.0  # how long to wait for all of train.workers, before each attempt
     collective_timeout_s: float = 600.0  # a rank that others wait for so long, or that is silent so long, is hung
     max_skipped_steps: int = 0  # updates without a finite gradient that are left out before training stops
-    track: list[str] = field(
-        default_factory=list
-    )  # besides metrics.jsonl: tensorboard, mlflow, wandb; ray, its metrics export, is always there under Ray
+    # Who gets the numbers of metrics.jsonl too: tensorboard, mlflow, wandb; under Ray its metrics export, ray, always does.
+    track: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
         counts = ("workers", "accumulation", "max_steps", "report_every", "validate_every", "patience", "keep_checkpoints")

@@ -1,6 +1,7 @@
 """What a person or a scheduler reads about a run: lines, tables, `metrics.jsonl`, `status.json`."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -135,13 +136,14 @@ class Status:
 
     Stages are committed here with the fingerprint of their inputs; `stages` maps each finished one
     to its inputs and outputs. Written whole at every change, so that a kill leaves the last truth.
+    `submission` is the id of the Ray job that wrote it, which `ray job logs` takes; null where nobody submitted one.
     """
 
     def __init__(self, run_url: str) -> None:
         self._url = storage.join(run_url, "status.json")
         before = storage.read_json(self._url) if storage.exists(self._url) else {}
         self.stages: dict[str, dict[str, Any]] = before.get("stages", {})
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[str, Any] = {"submission": _submission()}
         self._started = time.time()
 
     def running(self, stage: str) -> None:
@@ -178,6 +180,12 @@ class Status:
         storage.write_json(self._url, self._facts)
 
 
+def _submission() -> str | None:
+    """Ray sets this for the process that a submitted job is, and it names no other way."""
+    described = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    return json.loads(described)["metadata"]["job_submission_id"] if described else None
+
+
 def exit_code_of(error: BaseException) -> int:
     """The documented exit code for an error."""
     return error.exit_code if isinstance(error, LrurecError) else LrurecError.exit_code
@@ -187,16 +195,19 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object per line, with its `kind` and the time it was written; threads may share it.
 
     The one account of a run's progress: workers write it, the driver prints it, readers plot it.
+    `about` stands in every line that is written through this object: see `run_directory.run_metrics`.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, **about: Any) -> None:
+        self._url, self._about = url, about
         self._lock = threading.Lock()  # object stores rewrite the file to append to it
 
-    def write(self, kind: str, **values: Any) -> None:
-        """Append one line."""
+    def write(self, kind: str, **values: Any) -> dict[str, Any]:
+        """Append one line, and return what it holds."""
+        record = {"kind": kind, **self._about, **values, "time": round(time.time(), 3)}
         with self._lock:
-            storage.append_line(self._url, json.dumps({"kind": kind, **values, "time": round(time.time(), 3)}))
+            storage.append_line(self._url, json.dumps(record))
+        return record
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line so far."""

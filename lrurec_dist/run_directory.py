@@ -8,7 +8,7 @@ from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import MAY_CHANGE, differences, load_config, to_dict, to_yaml, with_absolute_paths
 from lrurec_dist.errors import EXIT_DONE, ConfigError, LrurecError
-from lrurec_dist.reporting import Status, exit_code_of, say
+from lrurec_dist.reporting import METRICS, MetricsFile, Status, exit_code_of, say
 
 
 def run_command(arguments: Sequence[str], run: Callable[[Config], object], *, description: str, default_config: str) -> int:
@@ -53,3 +53,13 @@ def open_run(config: Config) -> Status:
     storage.write_bytes(url, to_yaml(config).encode())
     say(f"run directory {config.run_dir}")
     return Status(config.run_dir)
+
+
+def run_metrics(config: Config, stage: str, rank: int | None = None) -> MetricsFile:
+    """The run's `metrics.jsonl`; every line that is written says by whom, so that lines of many runs can lie in one store.
+
+    `run` is the directory, `night` its date, null for a run that is none, `rank` that of a training
+    worker, null for the job's own process.
+    """
+    about = {"run": config.run_dir, "night": config.night.date or None, "stage": stage, "rank": rank}
+    return MetricsFile(storage.join(config.run_dir, METRICS), **about)

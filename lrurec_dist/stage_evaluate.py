@@ -21,7 +21,8 @@ from lrurec_dist.evaluate.shard_evaluation import Figures
 from lrurec_dist.evaluate.summary import summarise, summarise_pair, values_of
 from lrurec_dist.model.lrurec import LRURec
 from lrurec_dist.ray_session import RaySession
-from lrurec_dist.reporting import METRICS, MetricsFile, Status, format_table, metrics_table, progress_of, say
+from lrurec_dist.reporting import Status, format_table, metrics_table, progress_of, say
+from lrurec_dist.run_directory import run_metrics
 from lrurec_dist.run_report import write_report
 from lrurec_dist.serve.bundle import load_bundle
 from lrurec_dist.stage_prepare import audit, open_dataset
@@ -91,7 +92,7 @@ def evaluate(config: Config, status: Status, session: RaySession) -> None:
             "model": values[MODEL],
             "popularity": values["popularity"],
         }
-        MetricsFile(storage.join(config.run_dir, METRICS)).write("test", **outputs)
+        run_metrics(config, "evaluate").write("test", **outputs)
         status.commit("evaluate", inputs, outputs)
     evaluations = [read_figures(config.run_dir, kind) for kind in outputs["evaluated"]]
     for figures in evaluations:

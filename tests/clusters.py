@@ -85,7 +85,7 @@ class Node:
 
 
 class Cluster:
-    """A head without CPUs, where the driver is, and nodes with one CPU each."""
+    """A head without CPUs, where the driver is, and nodes with one CPU each; every one has a temporary directory of its own."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -93,6 +93,7 @@ class Cluster:
         self.port, self.dashboard = free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.nodes: list[Node] = []
+        self.temporaries = [self.temporary]
         self.head = Node(
             folder / "head.log",
             "--head",
@@ -102,15 +103,19 @@ class Cluster:
             f"--temp-dir={self.temporary}",
         )
 
-    def add_node(self, **environment: str) -> Node:
+    def add_node(self, *arguments: str, **environment: str) -> Node:
         """Start a node and wait until it is there; one after the other, as Ray's nodes of one machine share names.
+
+        `arguments` are more of `ray start`, such as its resources.
 
         Ray gives a node 30 s to start, which a machine in heavy use may not meet at once.
         """
         cpus = ray.cluster_resources().get("CPU", 0)
         for _ in range(3):
-            log = self._folder / f"node-{len(self.nodes)}.log"
-            node = Node(log, f"--address={self.address}", "--num-cpus=1", environment=environment)
+            log = self._folder / f"node-{len(self.temporaries)}.log"
+            self.temporaries.append(Path(f"{self.temporary}-{len(self.temporaries)}"))
+            place = f"--temp-dir={self.temporaries[-1]}"
+            node = Node(log, f"--address={self.address}", "--num-cpus=1", place, *arguments, environment=environment)
             self.nodes.append(node)
             wait_for("a node", lambda node=node: node.process.poll() is not None or ray.cluster_resources().get("CPU", 0) > cpus)
             if node.process.poll() is None:
@@ -153,7 +158,8 @@ class Cluster:
     def close(self) -> None:
         for node in [*self.nodes, self.head]:
             node.die()
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        for temporary in self.temporaries:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

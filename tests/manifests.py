@@ -36,6 +36,7 @@ FIELDS = {
     },
     "RayJob": {
         "entrypoint",
+        "metadata.*",
         "backoffLimit",
         "activeDeadlineSeconds",
         "shutdownAfterJobFinishes",

@@ -4,11 +4,8 @@ import json
 import os
 import re
 import runpy
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -186,61 +183,3 @@ def test_a_bad_start_ends_with_one_clear_line_and_its_code(
     assert "Traceback" not in said.out + said.err
     if (tmp_path / "run" / "status.json").exists():
         assert read_status(tmp_path / "run")["exit_code"] == code
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def test_a_job_submitted_to_a_cluster_leaves_its_bundle(tmp_path: Path) -> None:
-    gcs, dashboard = free_port(), free_port()
-    binary = str(Path(sys.executable).with_name("ray"))
-    environment = {
-        **{key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-    }
-    temporary = Path("/tmp") / f"lr{os.getpid()}"  # Ray's sockets need a short path
-    start = [
-        binary,
-        "start",
-        "--head",
-        "--block",
-        f"--port={gcs}",
-        f"--dashboard-port={dashboard}",
-        "--num-cpus=3",
-        f"--temp-dir={temporary}",
-    ]
-    with (tmp_path / "head.log").open("w") as log:
-        head = subprocess.Popen(start, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 90
-        while subprocess.run([binary, "job", "list"], env=environment, capture_output=True, check=False).returncode:
-            assert head.poll() is None, (tmp_path / "head.log").read_text()
-            assert time.monotonic() < deadline, "the cluster's job server did not come up"
-        run = tmp_path / "run"
-        submit = [
-            binary,
-            "job",
-            "submit",
-            "--working-dir",
-            ".",
-            "--",
-            sys.executable,
-            "jobs/train.py",
-            "configs/quickstart.yaml",
-            f"run_dir={run}",
-            *SMALL,
-        ]
-        job = subprocess.run(submit, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
-        assert "recommend: after" in job.stdout
-        status = read_status(run)
-        assert (status["result"], status["exit_code"]) == ("done", 0)
-        assert Recommender.load(str(status["bundle"])).num_items == 100
-    finally:
-        os.killpg(head.pid, 15)
-        head.wait(timeout=60)
-        shutil.rmtree(temporary, ignore_errors=True)

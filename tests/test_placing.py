@@ -34,6 +34,7 @@ def data_node() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_raylet_start_wait_time_s", "120")  # a machine in heavy use does not meet Ray's 30 s
+        patch.setenv("RAY_health_check_timeout_ms", "60000")  # nor, always, 10 s, after which what a node owned is lost
         temporary = f"/tmp/lp{os.getpid()}"  # of its own: what Ray keeps in /tmp/ray would be the whole machine's
         head = {"num_cpus": 2, "resources": {"gpu_node": 1}, "include_dashboard": False, "temp_dir": temporary}
         made = Cluster(initialize_head=True, head_node_args=head)

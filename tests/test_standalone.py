@@ -94,7 +94,7 @@ def test_torchrun_repeats_the_run_under_ray_to_the_bit_without_importing_ray(tmp
 
 
 def test_shares_of_the_time_add_up_to_no_more_than_all_of_it(tmp_path: Path, dataset_url: str) -> None:
-    overrides = [*SETTINGS, "train.max_steps=4", "train.validate_every=4", "train.track=[tensorboard]"]
+    overrides = [*SETTINGS, "train.max_steps=4", "train.validate_every=4"]
     done = torchrun(
         ROOT / "jobs/train_torchrun.py", f"run_dir={tmp_path}/run", *overrides, f"dataset.dir={dataset_url}", seen=tmp_path
     )

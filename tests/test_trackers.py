@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrurec_dist.errors import ConfigError
+from lrurec_dist.train.trackers import _OPEN as OPEN
 from lrurec_dist.train.trackers import Trackers
 from tests.clusters import wait_for
 
@@ -68,6 +69,27 @@ def test_under_ray_prometheus_finds_every_number_of_the_last_record(tmp_path: Pa
     trackers.close()
 
 
+def test_a_tracker_that_fails_is_left_out_and_said_to_be_while_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def write(_: dict[str, float], step: int) -> None:
+        calls.append(step)
+        raise ConnectionError("https://key:secret@host refuses")
+
+    monkeypatch.setitem(OPEN, "wandb", lambda *_: (write, lambda: None))
+    notes: list[str] = []
+    trackers = Trackers(str(tmp_path), ["wandb", "tensorboard"], {}, notes.append)
+    for step in (5, 10):
+        trackers.write("train", {"step": step, "loss": 2.5})
+    trackers.close()
+    assert calls == [5]
+    assert notes == ["train.track=wandb: gets no more numbers, since it failed (ConnectionError)"]
+    assert "refuses" in capsys.readouterr().err
+    assert len(EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")) == 2
+
+
 def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
     trackers = Trackers(str(tmp_path), [], {})
     trackers.write("train", {"step": 5, "loss": 2.5})
@@ -75,13 +97,16 @@ def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb"])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("tensorboard", "tensorboard"), ("mlflow", r"'lrurec-dist\[mlflow\]'"), ("wandb", r"'lrurec-dist\[wandb\]'")],
+)
 def test_a_tracker_that_is_not_installed_names_what_to_install(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # what an import finds that is not there
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(ConfigError, match=rf"train\.track={name}: .*pip install 'lrurec-dist\[{name}\]'"):
+    with pytest.raises(ConfigError, match=rf"train\.track={name}: .*pip install {wanted},"):
         Trackers(str(tmp_path), [name], {})
 
 

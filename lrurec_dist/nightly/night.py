@@ -23,7 +23,8 @@ from lrurec_dist.nightly.plan import (
 )
 from lrurec_dist.nightly.records import STAGE, NightRecord, night_url, pin, read_nights
 from lrurec_dist.nightly.retention import apply, what_to_remove
-from lrurec_dist.reporting import METRICS, MetricsFile, Status, describe, say
+from lrurec_dist.reporting import Status, describe, say
+from lrurec_dist.run_directory import run_metrics
 from lrurec_dist.signals import interrupt, on_sigterm
 from lrurec_dist.stages import Stage, run
 
@@ -105,7 +106,8 @@ def _run_night(config: Config, sources: list[Source], lease: Lease, status: Stat
     if later:
         say(f"night {date}: night {later} was published since, so this one's bundle does not go to serving")
     pin(root, night)
-    laps = _Laps(night_url(root, date), date)
+    settings = config_of(config, night)
+    laps = _Laps(settings)
 
     def before(stage: Stage) -> None:
         laps.end("done")
@@ -115,7 +117,7 @@ def _run_night(config: Config, sources: list[Source], lease: Lease, status: Stat
         laps.begin(stage)
 
     try:
-        run(config_of(config, night), stages, before)
+        run(settings, stages, before)
     except GateRefusedError:
         laps.end("refused")
         write_lineage(config, NightRecord(date, night_url(root, date)), "refused")
@@ -132,8 +134,8 @@ def _run_night(config: Config, sources: list[Source], lease: Lease, status: Stat
 class _Laps:
     """Writes how long each stage took, and how it ended, into the run's metrics."""
 
-    def __init__(self, run_url: str, date: str) -> None:
-        self._metrics, self._date, self._stage = MetricsFile(storage.join(run_url, METRICS)), date, ""
+    def __init__(self, config: Config) -> None:
+        self._config, self._stage = config, ""
 
     def begin(self, stage: str) -> None:
         self._stage, self._started = stage, time.perf_counter()
@@ -142,7 +144,5 @@ class _Laps:
         """Nothing happens between stages."""
         if self._stage:
             seconds = round(time.perf_counter() - self._started, 3)
-            values = {"night": self._date, "stage": self._stage, "result": result, "seconds": seconds}
-            self._metrics.write(STAGE, **values)
-            say(describe({"kind": STAGE, **values}))
+            say(describe(run_metrics(self._config, self._stage).write(STAGE, result=result, seconds=seconds)))
             self._stage = ""

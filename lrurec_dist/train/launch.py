@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import from_dict, to_dict
-from lrurec_dist.reporting import METRICS, MetricsFile
+from lrurec_dist.run_directory import run_metrics
 from lrurec_dist.train.attempts import train_in_attempts
 from lrurec_dist.train.checks import check_settings
 from lrurec_dist.train.failures import is_collective
@@ -78,7 +78,7 @@ def launch_training(config: Config) -> None:
         )
         return trainer.fit().return_value  # type: ignore[attr-defined]
 
-    metrics = MetricsFile(storage.join(config.run_dir, METRICS))
+    metrics = run_metrics(config, "train")
     with metrics.followed(options.max_steps), _ray_settings(options.collective_timeout_s):
         train_in_attempts(attempt, options, config.run_dir, bundle, metrics)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from lrurec_dist import collectives, storage
+from lrurec_dist import collectives
 from lrurec_dist.config import Config
 from lrurec_dist.config_file import to_dict
 from lrurec_dist.data.batches import read_for_training
@@ -21,7 +21,7 @@ from lrurec_dist.errors import DivergenceError, LrurecError
 from lrurec_dist.evaluate.evaluation import RankingProtocol, rank_shards, training_counts
 from lrurec_dist.evaluate.metrics import RankCounts
 from lrurec_dist.model.lrurec import LRURec
-from lrurec_dist.reporting import METRICS, MetricsFile
+from lrurec_dist.run_directory import run_metrics
 from lrurec_dist.train.assembly import new_engine, new_model, product_dtype
 from lrurec_dist.train.bad_batches import BAD_BATCHES, BadBatches
 from lrurec_dist.train.carried import CarriedState
@@ -76,8 +76,8 @@ class _Worker:
             max_steps=options.max_steps,
             final_share=options.final_learning_rate_share,
         )
-        self.metrics_file, self.bad_batches = MetricsFile(storage.join(config.run_dir, METRICS)), BadBatches(config.run_dir)
-        self.trackers = Trackers(config.run_dir, options.track if self.rank == 0 else [], to_dict(config))
+        self.metrics_file, self.bad_batches = run_metrics(config, "train", self.rank), BadBatches(config.run_dir)
+        self.trackers = Trackers(config.run_dir, options.track if self.rank == 0 else [], to_dict(config), self._note)
         lanes = {"num_lanes": self.order.global_batch_size, "rank": self.rank, "world_size": self.world_size}
         self.carried = CarriedState(self.engine.model, **lanes) if self.order.windows == "carried" else None
         self.objective = Objective(

@@ -12,7 +12,7 @@ _AT_ONCE_S = 5.0  # what a scheduler that has the room needs at most
 
 
 def count_places(
-    bundle: dict[str, float], *, workers: int, min_workers: int, wait_s: float, waiting: Callable[[str], None]
+    bundle: dict[str, float], *, workers: int, min_workers: int, wait_s: float, waiting: Callable[[str], object]
 ) -> int:
     """How many workers find room now: all, or after a wait for them as many as do.
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from lrurec_dist import storage
 from lrurec_dist.config import Config
 from lrurec_dist.errors import ConfigError, DataNotReadyError
-from lrurec_dist.reporting import METRICS, MetricsFile, say
-from lrurec_dist.run_directory import open_run, run_command
+from lrurec_dist.reporting import say
+from lrurec_dist.run_directory import open_run, run_command, run_metrics
 from lrurec_dist.train.checks import check_settings, check_start
 from lrurec_dist.train.worker_process import prepare_process, set_threads
 
@@ -68,7 +68,7 @@ def train_standalone(config: Config) -> None:
         if first:
             open_run(config)
         dist.barrier()  # the others train only if the directory is theirs
-        with MetricsFile(storage.join(config.run_dir, METRICS)).followed(config.train.max_steps) if first else nullcontext():
+        with run_metrics(config, "train").followed(config.train.max_steps) if first else nullcontext():
             train(config, device, _unheard)
     finally:
         dist.destroy_process_group()

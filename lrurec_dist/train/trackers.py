@@ -1,12 +1,15 @@
 """Trackers of experiments, chosen by name: what `metrics.jsonl` holds, where people look at curves."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lrurec_dist import storage
 from lrurec_dist.errors import ConfigError
 
+_EXTRAS = ("mlflow", "wandb")  # of this package; the others come with it
 _Scalars = Callable[[dict[str, float], int], None]
 
 
@@ -18,27 +21,27 @@ class Trackers:
         names: of `tensorboard`, `mlflow`, `wandb`, `ray`; where the middle two keep runs, their own environment variables
             say, and `ray` is the cluster's metrics export, from which Prometheus reads `ray_lrurec_<kind>_<name>`.
         settings: the run's configuration, for those that keep one.
+        note: told of a tracker that failed; the others go on, and so does training.
 
     Raises:
         ConfigError: a tracker's package is not installed.
     """
 
-    def __init__(self, run_url: str, names: Sequence[str], settings: Mapping[str, Any]) -> None:
-        self._write: list[_Scalars] = []
-        self._close: list[Callable[[], object]] = []
+    def __init__(
+        self, run_url: str, names: Sequence[str], settings: Mapping[str, Any], note: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._open: dict[str, tuple[_Scalars, Callable[[], object]]] = {}
+        self._note = note
         for name in names:
             try:
-                write, close = _OPEN[name](run_url, settings)
+                self._open[name] = _OPEN[name](run_url, settings)
             except ImportError as error:
                 missing = error.name or name
-                wanted = (
-                    f"'lrurec-dist[{name}]'" if missing.split(".")[0] in (name, "torch") else missing
-                )  # or what its store needs
+                ours = missing.split(".")[0] == name and name in _EXTRAS
+                wanted = f"'lrurec-dist[{name}]'" if ours else missing  # or what its store needs
                 raise ConfigError(
                     f"train.track={name}: {missing} is not installed; pip install {wanted}, or leave {name} out"
                 ) from None
-            self._write.append(write)
-            self._close.append(close)
 
     def write(self, kind: str, values: Mapping[str, object]) -> None:
         """Pass the numbers of a record on, if it has a step."""
@@ -50,13 +53,24 @@ class Trackers:
             for name, value in values.items()
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
         }
-        for write in self._write:
-            write(numbers, step)
+        for name, (write, _) in list(self._open.items()):
+            with self._left_out_if_it_fails(name):
+                write(numbers, step)
 
     def close(self) -> None:
         """Write what is still buffered."""
-        for close in self._close:
-            close()
+        for name, (_, close) in list(self._open.items()):
+            with self._left_out_if_it_fails(name):
+                close()
+
+    @contextmanager
+    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a service of somebody else's: its curves are not worth a training
+            traceback.print_exc()  # into the worker's own log; the text may hold what does not belong into records
+            del self._open[name]
+            self._note(f"train.track={name}: gets no more numbers, since it failed ({type(error).__name__})")
 
 
 def _tensorboard(run_url: str, _: Mapping[str, Any]) -> tuple[_Scalars, Callable[[], object]]:
