@@ -232,6 +232,13 @@ def test_an_unfinished_night_keeps_what_it_goes_on_from(root, log):
     assert what_to_remove(read_nights(str(root)), registry_of(config), 1) == []
 
 
+def test_a_dry_run_before_the_first_night_promises_nothing(root, log, capsys):
+    run_nights(tiny(root, log, f"night.date={DAYS[0]}", "night.dry_run=true", "night.cost_per_hour=2"))
+    said = capsys.readouterr().out
+    assert "expected: unknown, since no night is done yet" in said
+    assert "2.00" not in said
+
+
 def test_a_dry_run_says_what_would_run_and_changes_nothing(root, log, capsys):
     ended(tiny(root, log, f"night.date={DAYS[0]}"))
     (root / "nights" / DAYS[0] / "metrics.jsonl").write_text('{"kind": "stage", "stage": "train", "seconds": 1800}\n')
@@ -264,6 +271,10 @@ def test_a_dry_run_says_what_would_run_and_changes_nothing(root, log, capsys):
         (
             ["night.date=2026-11-21", "night.from_date=2026-11-20", "night.catch_up=false", "log.path=/log"],
             r"night\.from_date=2026-11-20: contradicts night\.catch_up=false",
+        ),
+        (
+            ["night.date=2026-11-21", "log.path=/log", "night.warm_steps=100", "train.validate_every=150"],
+            r"night\.warm_steps=100: is below train\.validate_every=150.*set train\.validate_every=100 or lower",
         ),
     ],
 )

@@ -61,7 +61,11 @@ def describe_plan(config: Config) -> None:
     if rows:
         say(format_table(["night and stage", "state", "new input", "expected"], rows))
         cost = f", {hours * config.night.cost_per_hour:,.2f} at night.cost_per_hour={config.night.cost_per_hour:g}"
-        say(f"expected: {format_duration(hours * 3600)}{cost if config.night.cost_per_hour else ''}, by the last nights' medians")
+        say(
+            f"expected: {format_duration(hours * 3600)}{cost if config.night.cost_per_hour else ''}, by the last nights' medians"
+            if expected
+            else "expected: unknown, since no night is done yet"
+        )
     for removal in what_to_remove(records, registry_of(config), config.night.keep_nights):
         say(f"night {removal.date}: {removal.bytes / 1e6:,.1f} MB would be removed; status, report, figures and lineage stay")
     say("dry run: nothing was changed")

@@ -46,6 +46,11 @@ def check_settings(config: Config) -> None:
     for setting, value in places.items():
         if value:
             raise ConfigError(f"{setting}={value}: each night has its own; leave it empty")
+    if 0 < config.night.warm_steps < config.train.validate_every:
+        raise ConfigError(
+            f"night.warm_steps={config.night.warm_steps}: is below train.validate_every={config.train.validate_every}, so nights after "
+            f"the first would choose no checkpoint; set train.validate_every={config.night.warm_steps} or lower, or take more steps"
+        )
     if config.night.from_date and not config.night.catch_up:
         raise ConfigError(f"night.from_date={config.night.from_date}: contradicts night.catch_up=false; give one of them")
 
