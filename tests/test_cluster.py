@@ -22,7 +22,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray._private.runtime_env.packaging import create_package
 
-from lrurec_dist.config_file import load_config
+from lrurec_dist.config import Config
+from lrurec_dist.config_file import load_config, to_dict
 from tests.manifests import (
     FIELDS,
     KUBERAY,
@@ -196,7 +197,7 @@ def test_the_nodes_that_settings_ask_for_exist_in_every_cluster() -> None:
         assert asked <= names
 
 
-COMMAND = re.compile(r"python (?:/app/)?(jobs/\w+\.py) ((?:[^`\n|;>&]|\\\n)*)")
+COMMAND = re.compile(r"python (?:/app/)?(jobs/\w+\.py) ((?:\\\n|[^`\n|;>&])*)")
 
 
 def texts() -> Iterator[tuple[str, str]]:
@@ -226,6 +227,24 @@ def test_entry_points_are_jobs_of_this_project_with_settings_it_knows() -> None:
         assert (config.night.date, config.night.root) == ("2026-11-20", "s3://models/nights"), name
         gpus = next(group for group in night_groups() if group["groupName"] == "gpu")
         assert config.train.workers <= gpus["maxReplicas"]
+
+
+def test_commands_in_the_documentation_are_jobs_and_settings_that_there_are() -> None:
+    known = set(dotted(to_dict(Config())))
+    commands = [(name, found) for name, text in texts() if name.endswith(".md") for found in COMMAND.finditer(text)]
+    assert len(commands) > 10
+    for name, found in commands:
+        assert (ROOT / found[1]).is_file(), f"{name}: {found[0]}"
+        for setting in re.findall(r"(?<![\w-])([a-z]\w*(?:\.\w+)*)=", found[2]):
+            assert any(setting == each or setting.startswith(f"{each}.") for each in known), f"{name}: {setting} in {found[0]}"
+
+
+def dotted(values: dict[str, Any], place: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from dotted(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}"
 
 
 def night_groups() -> list[dict[str, Any]]:
