@@ -99,6 +99,7 @@ class Cluster:
             "--head",
             f"--port={self.port}",
             f"--dashboard-port={self.dashboard}",
+            f"--dashboard-agent-listen-port={free_port()}",  # or a Ray beside this one has it, and no job is started
             "--num-cpus=0",
             f"--temp-dir={self.temporary}",
         )
