@@ -33,6 +33,38 @@ def test_a_training_process_does_not_fault_its_buffers_in_again_at_every_step() 
     assert results["default"] > 1000, f"without it every copy faults, or the setting would be of no use: {results}"
 
 
+SHAPES = """
+import ctypes, sys, torch
+from lrurec_dist.model.process import arrange_cpu, multiply_by_onednn
+arrange_cpu() if sys.argv[1] == "arranged" else multiply_by_onednn()
+
+class MallocInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = MallocInfo
+weight = torch.randn(64, 256).bfloat16()
+
+def multiply(shapes):
+    for rows in shapes:
+        torch.randn(rows, 64).bfloat16() @ weight
+    return mallinfo().uordblks
+
+before = multiply(range(1000, 1150))
+print((multiply(range(1150, 1300)) - before) / 150)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux with glibc, whose malloc is asked")
+def test_products_of_ever_new_shapes_do_not_take_ever_more_memory() -> None:
+    grown = {}
+    for kind in ("default", "arranged"):
+        done = subprocess.run([sys.executable, "-c", SHAPES, kind], capture_output=True, text=True, check=True)
+        grown[kind] = float(done.stdout)
+    assert grown["default"] > 50_000, f"without it there is growth, or the setting would be of no use: {grown}"
+    assert abs(grown["arranged"]) < 5_000, grown
+
+
 PRODUCTS = """
 import torch
 from lrurec_dist.model.process import multiply_by_onednn
