@@ -97,6 +97,14 @@ def test_a_second_checkpoint_waits_for_the_first(tmp_path: Path, monkeypatch: py
         assert_whole(run, step)
 
 
+def test_no_save_begins_a_thread_for_which_there_may_be_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with writer_of(str(tmp_path)) as writer:
+        monkeypatch.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread was begun"))
+        for step in (1, 2):
+            save(writer, step)
+    assert kept_checkpoints(str(tmp_path)) == {1: 0.001, 2: 0.002}
+
+
 @pytest.mark.usefixtures("no_wait")
 def test_a_write_that_fails_twice_in_passing_is_written(faulty: tuple[str, Faults], tmp_path: Path) -> None:
     url, faults = faulty

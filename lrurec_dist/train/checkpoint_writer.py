@@ -4,10 +4,12 @@ The ranks agree over a process group of their own, used by the writing threads a
 exchanges never mix with those of training and a file may take as long as it needs.
 """
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -49,17 +51,21 @@ class CheckpointWriter:
         self._run_url, self._subject, self._keep, self._damaged = run_url, subject, keep, damaged
         self._group, self._record = group, record
         self._copies: dict[str, Tensor] = {}  # kept from one snapshot to the next: their pages are there already
-        self._thread: threading.Thread | None = None
         self._failure: LrurecError | None = None
+        self._writes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        # One thread, begun now: where memory is short later, Python waits for ever for one that finds none to begin with.
+        threading.Thread(target=self._write_all, name="checkpoint-writer", daemon=True).start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._idle.wait()
+        self._writes.put(None)
         if kind is None:
             self.wait()
-        elif self._thread is not None:
-            self._thread.join()
 
     def save(self, pieces: Iterable[Piece], progress: Progress, validation: dict[str, float] | None) -> None:
         """Copy this rank's pieces and begin to write them; all ranks call, each with its own.
@@ -74,10 +80,8 @@ class CheckpointWriter:
         waited_s = time.perf_counter() - started
         snapshot = self._snapshot(pieces)
         stalled = {"waited_s": waited_s, "snapshot_s": time.perf_counter() - started - waited_s}
-        self._thread = threading.Thread(
-            target=self._write, args=(snapshot, progress, validation, stalled), name="checkpoint-writer", daemon=True
-        )
-        self._thread.start()
+        self._idle.clear()
+        self._writes.put(partial(self._write, snapshot, progress, validation, stalled))
 
     def wait(self) -> None:
         """Return once nothing is being written any more.
@@ -85,12 +89,17 @@ class CheckpointWriter:
         Raises:
             LrurecError: the write failed, on any rank.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._idle.wait()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+
+    def _write_all(self) -> None:
+        for write in iter(self._writes.get, None):
+            try:
+                write()
+            finally:
+                self._idle.set()
 
     def _snapshot(self, pieces: Iterable[Piece]) -> list[Piece]:
         """The pieces with values of their own, in CPU memory."""
