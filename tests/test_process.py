@@ -61,8 +61,9 @@ def test_products_of_ever_new_shapes_do_not_take_ever_more_memory() -> None:
     for kind in ("default", "arranged"):
         done = subprocess.run([sys.executable, "-c", SHAPES, kind], capture_output=True, text=True, check=True)
         grown[kind] = float(done.stdout)
-    assert grown["default"] > 50_000, f"without it there is growth, or the setting would be of no use: {grown}"
     assert abs(grown["arranged"]) < 5_000, grown
+    if grown["default"] < 50_000:
+        pytest.skip(f"nothing to bound here, {grown} bytes a shape: needs a processor whose bfloat16 products oneDNN compiles by shape (AMX)")
 
 
 PRODUCTS = """
