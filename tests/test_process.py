@@ -63,7 +63,9 @@ def test_products_of_ever_new_shapes_do_not_take_ever_more_memory() -> None:
         grown[kind] = float(done.stdout)
     assert abs(grown["arranged"]) < 5_000, grown
     if grown["default"] < 50_000:
-        pytest.skip(f"nothing to bound here, {grown} bytes a shape: needs a processor whose bfloat16 products oneDNN compiles by shape (AMX)")
+        pytest.skip(
+            f"nothing to bound here, {grown} bytes a shape: needs a processor whose bfloat16 products oneDNN compiles by shape (AMX)"
+        )
 
 
 PRODUCTS = """
