@@ -6,8 +6,8 @@ LOG has columns user_id, item_id, timestamp (ms); its first days become partitio
 Each night merges its day, warm starts from the night that serves, is evaluated on the clicks of its last day,
 which neither trained nor chose its checkpoint, beside the champion on the same users, and is published or refused. On the
 way one night is killed while it trains, one finds a corrupted partition, one trains a bad model that the gate
-has to refuse, and one is rolled back. Some nights are trained from scratch, too, on the same dataset with three times the
-steps, and the two models are compared on the same users: a warm start is worth it where that is no better.
+has to refuse, and one is rolled back. Some nights are trained from scratch, too, on the same dataset with more than three
+times the steps, and the two models are compared on the same users: a warm start is worth it where that is no better.
 Exits with an error when a night ends with another code than it should, or serves another version. In a directory
 that stays the same command goes on after the nights that are over.
 """
@@ -31,7 +31,7 @@ from lrurec_dist.reporting import format_table, say
 from lrurec_dist.stage_evaluate import read_figures
 
 JOBS = Path(__file__).resolve().parent.parent / "jobs"
-STEPS, FIRST_STEPS, SCRATCH_STEPS = 40, 120, 120  # of a night with a warm start, of the first one, and of one that is compared
+STEPS, FIRST_STEPS, SCRATCH_STEPS = 36, 120, 120  # of a night with a warm start, of the first one, and of one that is compared
 KILLED, CORRUPTED, BAD, ROLLED_BACK = 3, 5, 7, 9  # which night, from 1
 FROM_SCRATCH = (2, 6, 11, 16)
 CHAMPION = "registry/channels/champion.json"  # below the root
@@ -46,8 +46,8 @@ SETTINGS = (
     "split.kind=global_time",
     "batch.global_batch_size=512",
     "train.learning_rate=0.002",
-    "train.report_every=10",
-    "train.validate_every=10",
+    "train.report_every=12",
+    "train.validate_every=12",
     f"train.max_steps={FIRST_STEPS}",
     "evaluate.both_splits=false",
     "evaluate.bootstrap=200",

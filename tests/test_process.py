@@ -1,5 +1,7 @@
 """How a training process uses its machine."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -85,3 +87,26 @@ print("fine")
 def test_products_stay_float32_whoever_multiplies() -> None:
     done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True)
     assert done.stdout == "fine\n"
+
+
+def openmp_says(environment: dict[str, str], program: str) -> str:
+    """How often threads of a process look for what they wait for before they sleep, as OpenMP itself has it."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**inherited, **environment, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    assert len(found) == 1, done.stderr
+    return str(found[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs GNU's OpenMP")
+def test_threads_that_wait_do_not_take_a_core_for_long_unless_the_user_says_so() -> None:
+    ours = "from lrurec_dist.model.lrurec import LRURec"
+    assert openmp_says({}, ours) == "10000"
+    assert openmp_says({"GOMP_SPINCOUNT": "7"}, ours) == "7"
+    assert openmp_says({"OMP_WAIT_POLICY": "ACTIVE"}, ours) == openmp_says({"OMP_WAIT_POLICY": "ACTIVE"}, "import torch")

@@ -133,10 +133,10 @@ def shortlist(
 
     The table is as `shortlist.Shortlist` holds it; -1, and nothing is found, where the vector is not finite.
     """
-    count, quads = len(facts[0]), rounded.shape[1]
-    room = torch.empty(2, count, dtype=torch.int32)
-    return _call("shortlist", None, count, len(vector), quads, vector, weight, rounded, *facts, len(excluded),
-                 torch.tensor(excluded, dtype=torch.int32), len(ids), torch.empty(quads, dtype=torch.int32), *room, ids, scores)  # fmt: skip
+    count, eights = len(facts[0]), rounded.shape[1]
+    query = torch.empty(2 * eights, dtype=torch.int32)
+    return _call("shortlist", None, count, len(vector), eights, vector, weight, rounded, *facts, len(excluded),
+                 torch.tensor(excluded, dtype=torch.int32), len(ids), query, ids, scores)  # fmt: skip
 
 
 def _mask(seed: int, probability: float) -> tuple[ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_float]:

@@ -29,6 +29,8 @@ from lrurec_dist.train.worker_process import prepare_process, set_threads
 # Ray trains on a thread of its own. glibc gives that an arena of 64 MiB pieces, which go back to the kernel with every
 # step whatever `keep_freed_memory` asks: a third more page faults. One arena for all threads keeps what it has.
 _WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+# Ray has PyTorch loaded before anything of ours, on nodes that do not inherit this process's environment.
+_INHERITED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 # A rank that loses touch with a dead one fails at once, and Ray may hear of that first: it shall find the dead one.
 _UNTIL_RAY_LOOKED_S = 5.0
@@ -55,6 +57,7 @@ def launch_training(config: Config) -> None:
     cuda = use_cuda(options.device)
     check_settings(config, cuda=cuda)
     bundle = {"CPU": options.cpus_per_worker, **({"GPU": 1} if cuda else {}), **options.resources}
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
 
     def attempt(number: int, workers: int, heartbeats: Heartbeats) -> str:
         # only the first attempt may begin anew
@@ -67,7 +70,7 @@ def launch_training(config: Config) -> None:
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
-            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            worker_runtime_env={"env_vars": {**_WORKER_ENVIRONMENT, **inherited}},
         )
         trainer = TorchTrainer(
             _worker_entry,  # type: ignore[arg-type]
