@@ -48,15 +48,16 @@ def test_scores_that_differ_by_less_than_half_bytes_can_tell_keep_their_order() 
 
 def test_each_kind_of_rounding_alone_is_allowed_for() -> None:
     torch.manual_seed(4)
-    signs, whole = torch.randn(6, 64).sign(), torch.randint(-3, 4, (3000, 64)).float()
-    whole[:, 0] = 127
-    close = torch.randn(1, 64) + 1e-3 * torch.randn(3000, 64)
+    better, rising = torch.arange(3000) % 100 == 7, torch.linspace(0, 1, 3000)
+    signs, close = torch.randn(6, 64).sign(), torch.randn(1, 64) + 1e-3 * torch.randn(3000, 64)
     compare(signs, close, torch.zeros(3000), 50)  # of the rows: a vector of signs is itself in bytes
-    better = torch.arange(3000) % 100 == 7
     rows = 127 * torch.where(better, 1.0, -1.0)[:, None].repeat(1, 64)
-    rows[:, 0] = torch.where(better, 117.0, 127.0)
-    compare(torch.tensor([[1.0] + [0.49 / 127] * 63]), rows, torch.zeros(3000), 30)  # of the vector: nothing is left of it but 1
-    compare(0.01 * signs, whole, torch.full((3000,), 1e6), 50)  # of sums: both are, but beside a million little is left
+    rows[:, 0] = torch.where(better, 117 + rising, 127.0)
+    compare(torch.tensor([[1.0] + [0.49 / 127] * 63]), rows, torch.zeros(3000), 10)  # of the vector: nothing is left of it but 1
+    last_place = 0.0625  # of float32, beside a million: sums go up by a place for each 0.51 of it, and stay for 0.49
+    more = torch.arange(64) < (torch.arange(3000) // 100 - 19)[:, None]
+    rows = last_place * torch.where(better[:, None], torch.where(more, 1.51, 0.51), torch.tensor(0.49))
+    compare(torch.ones(1, 64), rows, torch.full((3000,), 1e6), 10)
 
 
 def test_rows_and_vectors_of_nothing_or_of_one_large_element_are_ranked_alike() -> None:
@@ -91,7 +92,7 @@ def test_few_items_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     shortlist = Shortlist(weight, torch.zeros(20_001))
     ids, scores = top_k(vector, weight, torch.zeros(20_001), 10, *torch.empty(2, 0, dtype=torch.int64))
     weight = weight.clone()
-    weight[1000:] = 1e3 * vector
+    weight[2000:] = 1e3 * vector
     monkeypatch.setattr(shortlist, "_weight", weight)
     found = shortlist.top_k(vector, 10, [[]])
     assert found is not None
