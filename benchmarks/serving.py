@@ -7,7 +7,8 @@ what else the machine does meets all of them; a side's figures are of all its re
 `--processor-time` takes one thread and counts its time alone. *step* carries a state; *encode again*
 runs LRURec, and *Transformer* a SASRec-shaped one (two causal blocks, two heads, feed-forward as wide inside as LRURec's,
 the vector of the last position), over the whole history. All are ranked by the same exact top-k, the one that a `Recommender` takes
-for a single user; *model* is without it.
+for a single user; *model* is without it. *torch.topk* is the Transformer with the list that it would have without this package: all
+scores by one product, and `torch.topk`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from lrurec_dist.reporting import format_table, say
 
 DIM, HIDDEN, BLOCKS, HEADS, K = 64, 128, 2, 2, 10
 LENGTHS = (50, 500, 5000)
-SIDES = ("step", "encode again", "Transformer")
+SIDES = ("step", "encode again", "Transformer", "Transformer, torch.topk")
 TURNS, TURN_S = 5, 0.05  # at least so many turns, of so many seconds or one request
 
 
@@ -81,10 +83,12 @@ def measure(model: LRURec, length: int, seconds: float, clock: Callable[[], floa
     """Seconds of each request, by side and by what is timed: the model, or the model and the ranking."""
     best = ranking_of(model)
     taken: dict[tuple[str, str], list[float]] = {}
-    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for side, run in sides_of(model, length).items():
         calls[side, "model"] = run
         calls[side, "with top-k"] = functools.partial(lambda run: best(run()), run)
+    weight, bias, transformer = model.item_rows(), model.table.bias, calls["Transformer", "model"]
+    calls["Transformer, torch.topk", "with top-k"] = lambda: torch.topk(transformer() @ weight.T + bias, K)
     started, turn = time.perf_counter(), 0
     while turn <= TURNS or time.perf_counter() - started < seconds:
         for name, call in calls.items():
@@ -125,6 +129,8 @@ def main() -> None:
             for what in ("model", "with top-k"):
                 step = statistics.median(taken["step", what])
                 for side in SIDES:
+                    if (side, what) not in taken:
+                        continue
                     times = sorted(taken[side, what])
                     middle, late = statistics.median(times), times[math.ceil(0.99 * len(times)) - 1]
                     figure = {
