@@ -8,7 +8,7 @@ import torch
 
 from lrurec_dist import storage
 from lrurec_dist.config import Config
-from lrurec_dist.config_file import shaping_settings
+from lrurec_dist.config_file import shaping_settings, to_dict
 from lrurec_dist.data.batches import pad_left, untrained_targets
 from lrurec_dist.data.sequences import SequenceDataset
 from lrurec_dist.data.titles import read_titles, title_files
@@ -22,7 +22,7 @@ from lrurec_dist.reporting import (
     say,
 )
 from lrurec_dist.run_directory import open_run, run_command
-from lrurec_dist.serve.bundle import GOLDEN_K, GoldenAnswers, save_bundle
+from lrurec_dist.serve.bundle import GOLDEN_K, SCHEMA_VERSION, GoldenAnswers, save_bundle
 from lrurec_dist.serve.recommender import Recommender
 from lrurec_dist.serve.stored_table import as_stored, candidate_bias
 from lrurec_dist.signals import interrupt, on_sigterm
@@ -120,7 +120,24 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
         say(f"bundle: titles of {len(titles) - titles.null_count:,} of {len(titles):,} items, from {config.bundle.titles}")
         catalogue = catalogue.append_column("title", titles)
     intervals = read_figures(config.run_dir, evaluation["split"]["kind"])["metrics"]
-    url = save_bundle(
+    parent = parent_version(config.train.warm_start)
+    inputs = storage.fingerprint(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "registry": config.registry_url,
+            "dataset": dataset.identity,
+            "checkpoint": manifest["files"],
+            "evaluation": [evaluation, intervals],
+            "titles": storage.expand(config.bundle.titles) if config.bundle.titles else {},
+            "settings": [to_dict(config)["bundle"], config.batch.max_length, config.evaluate.exclude_history],
+            "parent": parent,
+        }
+    )
+    done = status.committed("bundle", inputs)
+    # A version has its day and the code's revision in it: of the same run, continued after midnight or by newer code, it would
+    # be another one, and the night would find its own twin for a champion and states of it in its way.
+    url = done["url"] if done and storage.is_committed(done["url"]) else ""
+    url = url or save_bundle(
         config.registry_url,
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         model=model,
@@ -142,7 +159,7 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
         },
         table_dtype=config.bundle.table_dtype,
         exports=config.bundle.exports,
-        parent=parent_version(config.train.warm_start),
+        parent=parent,
     )
     try:
         recommender = Recommender.load(url)
@@ -159,7 +176,7 @@ def _bundle(config: Config, status: Status, _: RaySession) -> None:
     for history in golden.histories[:3]:
         answers = ", ".join(f"{item.item_key} ({item.score:.2f})" for item in recommender.recommend(history, k=3))
         say(f"recommend: after {' → '.join(map(str, history[-3:]))}: {answers}")
-    status.commit("bundle", storage.fingerprint(manifest["files"]), {"url": url, "version": recommender.version})
+    status.commit("bundle", inputs, {"url": url, "version": recommender.version})
 
 
 def parent_version(warm_start: str) -> str:

@@ -12,7 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lrurec_dist import stages
+from lrurec_dist.config_file import load_config, with_absolute_paths
 from lrurec_dist.data.synthetic import build_synthetic_log
+from lrurec_dist.serve import bundle
 from lrurec_dist.serve.recommender import Recommender
 from tests.processes import on_a_terminal
 
@@ -183,3 +186,18 @@ def test_a_bad_start_ends_with_one_clear_line_and_its_code(
     assert "Traceback" not in said.out + said.err
     if (tmp_path / "run" / "status.json").exists():
         assert read_status(tmp_path / "run")["exit_code"] == code
+
+
+def test_a_run_that_newer_code_goes_on_with_keeps_its_bundle_until_there_is_news_in_it(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = finished
+    settings = [f"run_dir={run}", f"bundle.titles={run.parent}/*.csv", *SMALL]
+    config = with_absolute_paths(load_config(str(ROOT / "configs" / "quickstart.yaml"), settings))
+    monkeypatch.setattr(bundle, "git_revision", lambda: "newer")
+    before = os.listdir(run / "registry" / "versions")
+    stages.run(config, ["bundle"])
+    assert os.listdir(run / "registry" / "versions") == before
+    (run.parent / "titles.csv").write_text("item_key,title\nitem-00001,Another name\n")
+    stages.run(config, ["bundle"])
+    assert len(os.listdir(run / "registry" / "versions")) == len(before) + 1
