@@ -1,10 +1,12 @@
 """Training under Ray: workers of Ray Train, batches of Ray Data, errors brought back; compared with the loop without Ray."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from lrurec_dist.errors import DivergenceError
+from lrurec_dist.train import launch
 from lrurec_dist.train.launch import launch_training
 from tests.datasets import chain_sequences, write_dataset
 from tests.processes import run_ranks
@@ -68,3 +70,15 @@ def test_losses_with_every_option_of_the_data_order_depend_on_neither_workers_no
 def test_a_diverging_loss_is_named_with_step_and_rate(tmp_path: Path, dataset_url: str) -> None:
     with pytest.raises(DivergenceError, match=r"loss is (nan|inf).*before step [1-5], train\.learning_rate=1e\+30"):
         launch_training(configure(tmp_path, dataset_url, "train.learning_rate=1e30"))
+
+
+def test_workers_wait_for_each_other_as_the_driver_says_whatever_their_nodes_began_with(
+    tmp_path: Path, dataset_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tell(_: object) -> str:
+        raise DivergenceError(f"looks {os.environ['GOMP_SPINCOUNT']} times")
+
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # Ray was started before
+    monkeypatch.setattr(launch, "_worker_entry", tell)
+    with pytest.raises(DivergenceError, match="looks 7 times"):
+        launch_training(configure(tmp_path, dataset_url, "train.workers=1"))

@@ -123,7 +123,7 @@ def _results(shards: "ray.data.Dataset", what: str, total: int, progress: Progre
     """What was computed of each shard."""
     progress(what, 0, total, "shards")
     for done, row in enumerate(shards.iter_rows(), start=1):
-        yield ray.cloudpickle.loads(row["result"])
+        yield ray.cloudpickle.loads(row["result"])  # by `_as_rows` in a task of this run; it comes through Ray, not from storage
         progress(what, done, total, "shards")
 
 
